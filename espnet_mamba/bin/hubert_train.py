@@ -1,0 +1,16 @@
+"""Pretrain a HuBERT model (stages 4 and 6). Takes ESPnet's options: --help lists them, --config reads a YAML."""
+
+from __future__ import annotations
+
+from espnet_mamba.bin.cli import run_main
+
+
+def main() -> None:
+    """Run the command."""
+    from espnet_mamba.train.task import HubertTask
+
+    HubertTask.main()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,125 @@
+"""Mamba-1 as a mixer, in one direction of time.
+
+Parameters bear mamba-ssm's names, so that its checkpoints load key by key.
+Letters: B utterances, T frames, D width, E = expand * D, N states, R rank of the step sizes, W kernel width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from espnet_mamba.ops.causal_conv1d import causal_conv1d
+from espnet_mamba.ops.selective_scan import selective_scan
+
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4  # seconds-free step sizes of Mamba's initialisation (FACTS 1.2)
+
+
+class MambaState(NamedTuple):
+    """What one direction carries from a chunk to the next."""
+
+    conv: Tensor  # (B, W - 1, E)
+    scan: Tensor  # (B, E, N), float32
+
+
+class Mamba(nn.Module):
+    """The Mamba block of FACTS 1.2: in_proj, causal convolution, selective scan, gate, out_proj."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        state_size: int = 16,
+        conv_kernel: int = 4,
+        expand: int = 2,
+        reverse: bool = False,
+        dt_init: str = "mamba",
+    ) -> None:
+        super().__init__()
+        inner, rank = expand * embed_dim, math.ceil(embed_dim / 16)
+        self.splits = [rank, state_size, state_size]
+        self.reverse = reverse
+        self.in_proj = nn.Linear(embed_dim, 2 * inner, bias=False)
+        self.conv1d = nn.Conv1d(inner, inner, conv_kernel, groups=inner)
+        self.x_proj = nn.Linear(inner, sum(self.splits), bias=False)
+        self.dt_proj = nn.Linear(rank, inner)
+        rates = torch.arange(1, state_size + 1, dtype=torch.float32).repeat(inner, 1)
+        self.A_log = nn.Parameter(torch.log(rates))
+        self.D = nn.Parameter(torch.ones(inner))
+        self.out_proj = nn.Linear(inner, embed_dim, bias=False)
+        for parameter in (self.A_log, self.D):
+            parameter._no_weight_decay = True
+        self.reset_dt(dt_init)
+
+    @torch.no_grad()
+    def reset_dt(self, dt_init: str) -> None:
+        """Initialise the step sizes: ``mamba`` draws softplus(bias) log-uniformly from [1e-3, 0.1]; ``bert_reset``
+        repeats what the papers' code does by mistake, weights N(0, 0.02) and bias 0, so steps of 0.693 (FACTS 6.2).
+
+        Raises:
+            ValueError: unknown ``dt_init``.
+        """
+        weight, bias = self.dt_proj.weight, self.dt_proj.bias
+        if dt_init == "mamba":
+            nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
+            low, high = math.log(DT_MIN), math.log(DT_MAX)
+            steps = torch.exp(torch.rand_like(bias) * (high - low) + low).clamp(min=DT_FLOOR)
+            bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # inverse of softplus
+        elif dt_init == "bert_reset":
+            nn.init.normal_(weight, 0.0, 0.02)
+            nn.init.zeros_(bias)
+        else:
+            raise ValueError(f"dt_init: {dt_init!r} is not one of: mamba bert_reset")
+
+    def forward(
+        self, x: Tensor, lengths: Tensor | None = None, state: MambaState | None = None
+    ) -> tuple[Tensor, MambaState | None]:
+        """Mix frames over time.
+
+        Args:
+            x: ``(B, T, D)``.
+            lengths: valid frames ``(B,)``; None when nothing is padded.
+            state: what the last chunk returned, for a causal pass in chunks (``start_state`` for the first one).
+
+        Returns:
+            ``(B, T, D)``, zero in the padding, and the state after the last valid frame if a state was given.
+        """
+        hidden, gate = self.in_proj(x).chunk(2, dim=-1)
+        chunked = state is not None
+        hidden = causal_conv1d(
+            hidden,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            lengths=lengths,
+            reverse=self.reverse,
+            state=state.conv if state else None,
+            return_state=chunked,
+        )
+        hidden, conv_state = hidden if chunked else (hidden, None)
+        dt, Bmat, Cmat = self.x_proj(hidden).split(self.splits, dim=-1)
+        y = selective_scan(
+            hidden,
+            F.linear(dt, self.dt_proj.weight),
+            -torch.exp(self.A_log.float()),
+            Bmat,
+            Cmat,
+            self.D,
+            gate,
+            self.dt_proj.bias,
+            lengths=lengths,
+            reverse=self.reverse,
+            state=state.scan if state else None,
+            return_state=chunked,
+        )
+        y, scan_state = y if chunked else (y, None)
+        return self.out_proj(y), MambaState(conv_state, scan_state) if chunked else None
+
+    def start_state(self, num_utterances: int) -> MambaState:
+        """Return the state before the first frame: zeros."""
+        inner, width = self.conv1d.weight.shape[0], self.conv1d.weight.shape[2]
+        weight = self.in_proj.weight
+        scan = weight.new_zeros(num_utterances, inner, self.A_log.shape[1], dtype=torch.float32)
+        return MambaState(weight.new_zeros(num_utterances, width - 1, inner), scan)

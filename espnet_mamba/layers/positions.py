@@ -1,0 +1,37 @@
+"""Position by convolution: what HuBERT adds to its frames before the first block (FACTS 1.1)."""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+POSITIONS = ("conv", "causal_conv", "none")
+
+
+class PositionalConv(nn.Module):
+    """``x + GELU(conv(x))``: grouped, weight-normalised, over ``kernel`` frames.
+
+    Centred, the output at t sees t - kernel/2 ... t + kernel/2 - 1 (63 future frames for 128); causal, the last
+    ``kernel`` frames only.
+    """
+
+    def __init__(self, embed_dim: int, kernel: int, groups: int, causal: bool = False) -> None:
+        super().__init__()
+        conv = nn.Conv1d(embed_dim, embed_dim, kernel, groups=groups)
+        nn.init.normal_(conv.weight, 0.0, math.sqrt(4.0 / (kernel * embed_dim)))
+        nn.init.zeros_(conv.bias)
+        self.conv = nn.utils.parametrizations.weight_norm(conv, dim=2)
+        self.left = kernel - 1 if causal else kernel // 2
+        self.right = kernel - 1 - self.left
+
+    @property
+    def look_ahead_frames(self) -> int:
+        """Number of future frames that an output depends on."""
+        return self.right
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add positions to ``x (B, T, D)``, whose padding must be zero: a batch mate then looks like silence's edge."""
+        context = F.pad(x.transpose(1, 2), (self.left, self.right))
+        return x + F.gelu(self.conv(context)).transpose(1, 2)

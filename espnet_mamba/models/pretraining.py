@@ -1,0 +1,97 @@
+"""The HuBERT objective: masked prediction of cluster labels, plus a penalty on the front end (FACTS 1.1, 2.1).
+
+Letters: B utterances, S samples, T frames at 50 Hz, D width, K classes, M masked frames.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from espnet_mamba.models.config import HubertConfig
+from espnet_mamba.models.hubert import HubertModel
+from espnet_mamba.models.masking import span_mask
+
+HEAD_DIM = 256
+TEMPERATURE = 0.1
+
+
+class CosineHead(nn.Module):
+    """Logits by cosine similarity: ``cos(W h, e_k) / 0.1`` for learned class embeddings ``e_k``."""
+
+    def __init__(self, embed_dim: int, num_classes: int, head_dim: int = HEAD_DIM) -> None:
+        super().__init__()
+        self.projection = nn.Linear(embed_dim, head_dim)
+        self.classes = nn.Parameter(torch.rand(num_classes, head_dim))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map ``(M, D)`` to logits ``(M, K)``, in float32."""
+        queries = F.normalize(self.projection(hidden).float(), dim=-1)
+        return queries @ F.normalize(self.classes.float(), dim=-1).T / TEMPERATURE
+
+
+class PretrainingLoss(NamedTuple):
+    """Sums over the batch, so that several processes can be averaged exactly."""
+
+    loss_sum: Tensor  # cross-entropy summed over masked frames
+    num_masked: Tensor
+    feature_penalty: Tensor  # mean squared output of the front end
+    correct_masked: Tensor
+    correct_unmasked: Tensor
+    num_unmasked: Tensor
+
+
+class HubertForPretraining(nn.Module):
+    """A HuBERT model with its prediction head."""
+
+    def __init__(
+        self, config: HubertConfig, num_classes: int, mask_probability: float = 0.8, mask_span: int = 10
+    ) -> None:
+        super().__init__()
+        self.hubert = HubertModel(config)
+        self.head = CosineHead(config.embed_dim, num_classes)
+        self.num_classes = num_classes
+        self.mask_probability, self.mask_span = mask_probability, mask_span
+
+    def forward(
+        self,
+        wavs: Tensor,
+        labels: Tensor,
+        num_samples: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> PretrainingLoss:
+        """Mask, encode, and score a batch.
+
+        Args:
+            wavs: ``(B, S)``.
+            labels: one class per frame ``(B, T)``; what stands in the padding is not read.
+            num_samples: valid samples ``(B,)``; None when nothing is padded.
+            generator: source of the masks, on the device of ``wavs``.
+
+        Raises:
+            ValueError: labels and frames differ in number.
+        """
+        from espnet_mamba.layers.conv_frontend import num_conv_frames
+
+        counts = torch.full((len(wavs),), wavs.shape[1], device=wavs.device) if num_samples is None else num_samples
+        num_frames = num_conv_frames(counts, self.hubert.config.conv_layers)
+        total = int(num_conv_frames(wavs.shape[1], self.hubert.config.conv_layers))
+        if labels.shape[1] != total:
+            raise ValueError(f"labels have {labels.shape[1]} frames, the audio has {total}")
+        mask = span_mask(num_frames, total, self.mask_probability, self.mask_span, generator=generator)
+        output = self.hubert(wavs, num_samples, mask)
+        hidden = output.hidden_states[-1]
+        valid = torch.arange(total, device=wavs.device) < num_frames[:, None]
+
+        targets = labels[mask]
+        logits = self.head(hidden[mask])
+        loss_sum = F.cross_entropy(logits, targets, reduction="sum")
+        with torch.no_grad():  # only watched, so no (B * T, K) tensor with a gradient
+            seen = valid & ~mask
+            correct_unmasked = (self.head(hidden[seen]).argmax(-1) == labels[seen]).sum()
+            correct_masked = (logits.argmax(-1) == targets).sum()
+        penalty = (output.conv_features.float().square().mean(-1) * valid).sum() / valid.sum()
+        return PretrainingLoss(loss_sum, mask.sum(), penalty, correct_masked, correct_unmasked, seen.sum())

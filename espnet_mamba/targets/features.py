@@ -1,0 +1,104 @@
+"""Where frame features come from: MFCC, log-mel, or the layers of a model folder, behind one call.
+
+Letters: B utterances, S samples at 16 kHz, T frames, D_l width of layer l.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from espnet_mamba.data.audio import read_audio
+from espnet_mamba.data.manifest import Utterance
+from espnet_mamba.models.checkpoints import load_checkpoint
+
+
+class FeatureSource(Protocol):
+    """Features of a padded batch, one tensor per layer."""
+
+    names: list[str]
+    dims: list[int]
+    hop: int  # samples from frame to frame
+
+    def __call__(self, wavs: Tensor, num_samples: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Map ``wavs (B, S)``, ``num_samples (B,)`` to layers ``(B, T, D_l)`` and frame counts ``(B,)``."""
+        ...
+
+
+class SpectralSource:
+    """MFCC or log-mel; utterances are taken one by one, so padding cannot enter."""
+
+    def __init__(self, kind: str) -> None:
+        from espnet_mamba.targets import spectral
+
+        self._compute, width, self.hop, self._step = {
+            "mfcc100": (spectral.mfcc, 39, 160, 1),
+            "mfcc": (spectral.mfcc, 39, 320, 2),
+            "logmel": (spectral.log_mel, 80, 320, 1),
+        }[kind]
+        self.names, self.dims = [kind], [width]
+
+    def __call__(self, wavs: Tensor, num_samples: Tensor) -> tuple[list[Tensor], Tensor]:
+        """See ``FeatureSource``."""
+        rows = [self._compute(wav[:count])[:: self._step] for wav, count in zip(wavs, num_samples, strict=True)]
+        return [pad_sequence(rows, batch_first=True)], torch.tensor([len(row) for row in rows])
+
+
+class ModelSource:
+    """All hidden states of a model folder, unmasked, without gradient."""
+
+    def __init__(self, folder: str | Path, device: str = "cpu") -> None:
+        self.model = load_checkpoint(folder).to(device)
+        config = self.model.config
+        self.device, self.hop = device, config.downsample_rate
+        self.names = [f"layer{i}" for i in range(config.num_layers + 1)]
+        self.dims = [config.embed_dim] * len(self.names)
+
+    @torch.no_grad()
+    def __call__(self, wavs: Tensor, num_samples: Tensor) -> tuple[list[Tensor], Tensor]:
+        """See ``FeatureSource``."""
+        hidden_states, num_frames = self.model.extract_features(wavs.to(self.device), num_samples.to(self.device))
+        return [hidden.cpu() for hidden in hidden_states], num_frames.cpu()
+
+
+def open_features(spec: str, device: str = "cpu") -> FeatureSource:
+    """Open ``mfcc``, ``mfcc100`` (100 Hz), ``logmel``, or a model folder.
+
+    Raises:
+        FileNotFoundError: ``spec`` is no known name and no model folder.
+    """
+    if spec in ("mfcc", "mfcc100", "logmel"):
+        return SpectralSource(spec)
+    return ModelSource(spec, device)
+
+
+def iterate_features(
+    source: FeatureSource, utterances: Sequence[Utterance], batch_seconds: float = 48.0
+) -> Iterator[tuple[Utterance, list[Tensor]]]:
+    """Read audio and yield each utterance with its layers ``(T, D_l)``, valid frames only, in order of duration.
+
+    Batches are cut from the utterances sorted by length, so that a batch holds little padding; what is yielded for an
+    utterance does not depend on ``batch_seconds`` beyond rounding.
+    """
+    ordered = sorted(utterances, key=lambda utterance: (utterance.num_samples, utterance.utt_id))
+    batch: list[Utterance] = []
+    for utterance in ordered:
+        if batch and (len(batch) + 1) * utterance.num_samples > batch_seconds * 16000:
+            yield from _batch_features(source, batch)
+            batch = []
+        batch.append(utterance)
+    if batch:
+        yield from _batch_features(source, batch)
+
+
+def _batch_features(source: FeatureSource, batch: Sequence[Utterance]) -> Iterator[tuple[Utterance, list[Tensor]]]:
+    wavs = [torch.from_numpy(read_audio(utterance.path)) for utterance in batch]
+    num_samples = torch.tensor([len(wav) for wav in wavs])
+    layers, num_frames = source(pad_sequence(wavs, batch_first=True), num_samples)
+    for row, utterance in enumerate(batch):
+        yield utterance, [layer[row, : num_frames[row]] for layer in layers]

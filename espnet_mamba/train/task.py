@@ -1,0 +1,148 @@
+"""HuBERT pretraining as an ESPnet Task: all of ESPnet's options, plus the few that shape the model and its targets."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from espnet2.samplers.build_batch_sampler import build_batch_sampler
+from espnet2.tasks.abs_task import AbsTask, IteratorOptions, scheduler_classes
+from espnet2.train.dataset import DATA_TYPES
+from espnet2.utils.nested_dict_action import NestedDictAction
+
+from espnet_mamba.models.config import HubertConfig, config_from_dict, config_to_dict, load_config
+from espnet_mamba.models.pretraining import HubertForPretraining
+from espnet_mamba.targets.labels import FrameLabels
+from espnet_mamba.train.collate import HubertCollate, frame_targets
+from espnet_mamba.train.espnet_model import ESPnetHubertModel
+from espnet_mamba.train.iterators import StepIterFactory
+from espnet_mamba.train.schedules import PolynomialWarmup
+from espnet_mamba.train.trainer import StepTrainer
+
+# On import, so that a spawned worker, which imports this module for the Task it is handed, has them too.
+DATA_TYPES["frame_labels"] = {"func": FrameLabels, "kwargs": [], "help": "labels of espnet_mamba's targets stages"}
+scheduler_classes["polynomial_warmup"] = PolynomialWarmup
+
+
+class HubertTask(AbsTask):
+    """``python -m espnet_mamba.bin.hubert_train``: raw audio and frame labels in, a pretrained model out."""
+
+    num_optimizers = 1
+    class_choices_list: list[Any] = []
+    trainer = StepTrainer
+
+    @classmethod
+    def add_task_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Add what this task has beyond ESPnet's own options."""
+        group = parser.add_argument_group(description="HuBERT pretraining")
+        group.add_argument("--model", required=False, help="a model's YAML, e.g. conf/models/extbimamba_tiny.yaml")
+        group.add_argument("--model_conf", action=NestedDictAction, default={}, help="fields that override the YAML's")
+        group.add_argument("--num_classes", type=int, default=100, help="K, the number of clusters in the labels")
+        group.add_argument("--label_rate", type=int, default=50, choices=(50, 100), help="labels per second")
+        group.add_argument("--mask_prob", type=float, default=0.8, help="0.8 masks 55 %% of frames: spans overlap")
+        group.add_argument("--mask_length", type=int, default=10, help="frames of a span")
+        group.add_argument("--feature_penalty_weight", type=float, default=10.0, help="of the mean squared features")
+        group.add_argument("--max_crop_samples", type=int, default=250_000, help="longest training crop (15.6 s)")
+
+    @classmethod
+    def build_collate_fn(cls, args: argparse.Namespace, train: bool) -> Callable[..., Any]:
+        """Return the collate function of training (crops) or validation (pads)."""
+        return HubertCollate(args.label_rate, args.seed, train, args.max_crop_samples)
+
+    @classmethod
+    def build_preprocess_fn(cls, args: argparse.Namespace, train: bool) -> None:
+        """Return None: audio and labels go in as they are read."""
+        return None
+
+    @classmethod
+    def required_data_names(cls, train: bool = True, inference: bool = False) -> tuple[str, ...]:
+        """Return the names a data line may bear."""
+        return ("speech", "labels")
+
+    @classmethod
+    def optional_data_names(cls, train: bool = True, inference: bool = False) -> tuple[str, ...]:
+        """Return none."""
+        return ()
+
+    @classmethod
+    def build_model(cls, args: argparse.Namespace) -> ESPnetHubertModel:
+        """Build the model that ``--model`` and ``--model_conf`` describe; fills in the schedule's length.
+
+        Raises:
+            FileNotFoundError, ValueError: an unknown model (the nearest one is named) or field.
+        """
+        config = read_model_config(args.model, args.model_conf)
+        if args.scheduler == "polynomial_warmup":  # the decay must end where training does
+            args.scheduler_conf.setdefault("total_steps", args.max_steps)
+        model = HubertForPretraining(config, args.num_classes, args.mask_prob, args.mask_length)
+        return ESPnetHubertModel(model, args.feature_penalty_weight)
+
+    @classmethod
+    def build_sequence_iter_factory(
+        cls, args: argparse.Namespace, iter_options: IteratorOptions, mode: str
+    ) -> StepIterFactory:
+        """Cut the corpus into batches by ESPnet's sampler, and number them."""
+        distributed = iter_options.distributed
+        world = torch.distributed.get_world_size() if distributed else 1
+        rank = torch.distributed.get_rank() if distributed else 0
+        batches = list(
+            build_batch_sampler(
+                type=iter_options.batch_type,
+                shape_files=iter_options.shape_files,
+                fold_lengths=args.fold_length,
+                batch_size=iter_options.batch_size,
+                batch_bins=iter_options.batch_bins,
+                sort_in_batch=args.sort_in_batch,
+                sort_batch=args.sort_batch,
+                min_batch_size=world,
+            )
+        )
+        dataset = cls.build_dataset(args, iter_options)
+        check_labels(iter_options, args.label_rate)
+        return StepIterFactory(
+            dataset,
+            [batch[rank::world] for batch in batches],
+            iter_options.collate_fn,
+            args.seed,
+            shuffle=iter_options.train,
+            num_iters_per_epoch=iter_options.num_iters_per_epoch,
+            num_workers=args.num_workers,
+            pin_memory=args.ngpu > 0,
+        )
+
+
+def read_model_config(path: str | None, overrides: dict[str, Any]) -> HubertConfig:
+    """Read a model's YAML with ``overrides`` on top.
+
+    Raises:
+        ValueError: no model is given, or an unknown field.
+        FileNotFoundError: no such file.
+    """
+    if not path:
+        raise ValueError("--model is missing; give a model's YAML, e.g. --model conf/models/extbimamba_tiny.yaml")
+    config = load_config(path)
+    return config_from_dict(config_to_dict(config) | overrides, "--model_conf") if overrides else config
+
+
+def check_labels(iter_options: IteratorOptions, label_rate: int) -> None:
+    """Compare every utterance's number of labels with its audio before the first step, not in the middle of a night.
+
+    Raises:
+        ValueError: names the utterances whose labels are missing or do not fit.
+    """
+    paths = {name: path for path, name, _ in iter_options.data_path_and_name_and_type}
+    labels = FrameLabels(paths["labels"])
+    problems = []
+    for line in Path(iter_options.shape_files[0]).read_text(encoding="utf-8").splitlines():
+        utt_id, num_samples = line.split()
+        try:
+            frame_targets(utt_id, int(num_samples), labels[utt_id], label_rate)
+        except (ValueError, KeyError) as error:
+            problems.append(str(error.args[0]))
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise ValueError(f"{paths['labels']}: " + "; ".join(problems[:5]) + more)
+
