@@ -1,0 +1,267 @@
+#!/usr/bin/env bash
+# The recipe engine: HuBERT pretraining with Mamba encoders, from recorded speech to layer plots, in 13 stages.
+# A recipe's run.sh calls it from its own folder. stages.tsv says what each stage needs and makes; a stage here is
+# one command, which `run_stage` skips when it is done.
+# shellcheck disable=SC2034 # the --skip_<group> options are read by name
+set -euo pipefail
+
+template=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "${template}/../../.." && pwd)
+table=${template}/stages.tsv
+
+# General
+stage=1                # First stage to run: a number or a name.
+stop_stage=report      # Last stage to run: a number or a name.
+skip_data_prep=false   # Skip stages 1 and 2.
+skip_train=false       # Skip stages 3 to 8.
+skip_eval=false        # Skip stages 9 to 13.
+ngpu=0                 # GPUs for training; 0 trains on the CPU.
+nproc=1                # CPU processes for pretraining (DDP by torchrun); only with --ngpu 0.
+num_nodes=1            # Machines for training.
+nj=2                   # Jobs at a time where work is cut into jobs. Never changes a result.
+python=python          # Interpreter.
+seed=0                 # Seed of everything that draws.
+
+# Where
+corpus=                # Name in folder names; by default the recipe's, or --corpus_dir's.
+corpus_dir=            # A Kaldi-style folder {train,dev,test}/{wav.scp,text,utt2spk[,phones.ctm]} to use instead.
+datadir=               # Raw lists; by default data, or data_<corpus> with --corpus_dir.
+dumpdir=               # Checked lists; by default dump, or dump_<corpus> with --corpus_dir.
+expdir=exp             # Experiments.
+
+# Data (stages 1, 2)
+minutes=25             # Minutes of speech to make, where the recipe makes its own.
+bad_audio=refuse       # refuse: list every bad file and stop; skip: leave them out and list them.
+
+# Targets and pretraining (stages 3 to 7)
+model=extbimamba_tiny  # A file of conf/models, without .yaml.
+num_clusters1=100      # Classes of iteration 1 (MFCC).
+num_clusters2=500      # Classes of iteration 2.
+target_layer=6         # Layer of iteration 1 that iteration 2's classes come from.
+kmeans_frames=500000   # Frames that k-means is fitted on.
+pretrain1_config=tiny_it1  # A file of conf/pretrain.
+pretrain2_config=tiny_it2  # A file of conf/pretrain.
+pretrain_args=         # More options for both, such as "--max_steps 20".
+
+# Downstream (stages 8 to 10)
+asr_config=train_conformer_tiny  # A file of conf/asr.
+decode_config=decode   # A file of conf/asr.
+nbpe=60                # Sentencepiece tokens.
+asr_args=              # More options for ESPnet's training, such as "--max_epoch 2".
+superb_config=tiny     # A file of conf/superb.
+superb_task=auto       # ic, sid, or auto: ic where intents are known, else sid.
+superb_args=           # More options for the SUPERB command.
+
+# Analysis and efficiency (stages 11, 12)
+analysis_config=mini   # A file of conf/analysis.
+analysis_args=         # More options for the analysis command.
+efficiency_seconds="1 2 5 10 20"  # Lengths of audio to measure, in seconds.
+efficiency_args=       # More options for the efficiency command.
+
+log() { echo "$(date '+%Y-%m-%dT%H:%M:%S') $*"; }
+fail() { echo "error: $*" >&2; exit 2; }
+
+option_names() { sed -n 's/^\([a-z_0-9]*\)=[^#]*# .*/\1/p' "${BASH_SOURCE[0]}"; }
+stage_names() { awk -F'\t' 'NR > 1 { print $2 }' "${table}"; }
+
+usage() {
+    echo "Usage: ./run.sh [--option value] ..."
+    echo
+    echo "Stages (--stage and --stop_stage take a number or a name; --skip_<name> true skips one):"
+    awk -F'\t' 'NR > 1 { printf "  %2d  %-11s %s\n", $1, $2, $7 }' "${table}"
+    echo
+    echo "Options and their defaults here:"
+    local name
+    for name in $(option_names); do
+        printf '  --%-20s %s (default: %s)\n' "${name}" \
+            "$(sed -n "s/^${name}=[^#]*# //p" "${BASH_SOURCE[0]}" | head -1)" "${!name:-none}"
+    done
+}
+
+nearest() { # nearest WORD CANDIDATE...: the candidate that looks most like WORD, by shared letters
+    python3 - "$@" <<'PY' 2>/dev/null || true
+import difflib, sys
+match = difflib.get_close_matches(sys.argv[1], sys.argv[2:], n=1)
+print(f"; did you mean --{match[0]}?" if match else "")
+PY
+}
+
+skipped=" "
+parse_options() {
+    local name value known
+    known=" $(option_names | tr '\n' ' ') "
+    while [ $# -gt 0 ]; do
+        [[ $1 == -h || $1 == --help ]] && { usage; exit 0; }
+        [[ $1 == --* ]] || fail "unexpected argument '$1'; options start with --"
+        name=${1#--}
+        if [[ ${name} == *=* ]]; then
+            value=${name#*=} name=${name%%=*}
+            shift
+        else
+            [ $# -ge 2 ] || fail "--${name} needs a value"
+            value=$2
+            shift 2
+        fi
+        name=${name//-/_}
+        if [[ ${known} == *" ${name} "* ]]; then
+            printf -v "${name}" '%s' "${value}"
+        elif [[ ${name} == skip_* ]] && stage_names | grep -qx "${name#skip_}"; then
+            [[ ${value} == true ]] && skipped+="${name#skip_} "
+        else
+            # shellcheck disable=SC2046
+            fail "unknown option --${name}$(nearest "${name}" $(option_names) $(stage_names | sed 's/^/skip_/'))"
+        fi
+    done
+}
+
+number_of() { # number_of STAGE: its number, whether STAGE is a number or a name
+    local number
+    number=$(awk -F'\t' -v s="$1" 'NR > 1 && ($1 == s || $2 == s) { print $1 }' "${table}")
+    [ -n "${number}" ] || fail "no stage '$1'; stages: $(awk -F'\t' 'NR > 1 { printf "%d=%s ", $1, $2 }' "${table}")"
+    echo "${number}"
+}
+
+parse_options "$@"
+first=$(number_of "${stage}")
+last=$(number_of "${stop_stage}")
+[ "${num_nodes}" -eq 1 ] || fail "--num_nodes ${num_nodes}: cmd.sh knows only cmd_backend=local, which has one machine"
+
+if [ -n "${corpus_dir}" ]; then
+    [ -d "${corpus_dir}" ] || fail "--corpus_dir ${corpus_dir}: no such folder"
+    corpus=$(basename "$(cd "${corpus_dir}" && pwd)")
+    : "${datadir:=data_${corpus}}" "${dumpdir:=dump_${corpus}}"
+fi
+: "${corpus:=$(basename "$(dirname "${PWD}")")}" "${datadir:=data}" "${dumpdir:=dump}"
+
+# Names that stages.tsv refers to
+tag=${model}_${corpus}
+conf=${root}/conf
+tagdir=${expdir}/${tag}
+targets1=${expdir}/targets_${corpus}_it1
+pretrain1=${expdir}/pretrain_${tag}_it1
+targets2=${expdir}/targets_${tag}_it2
+pretrain2=${expdir}/pretrain_${tag}_it2
+upstream=${expdir}/upstream_${tag}
+upstream_random=${expdir}/upstream_${tag}_random
+asr_dir=${expdir}/asr_${tag}
+superb_dir=${expdir}/superb_${tag}
+analysis_dir=${expdir}/analysis_${tag}
+efficiency_dir=${expdir}/efficiency_${model}
+export datadir dumpdir tagdir targets1 pretrain1 targets2 pretrain2 upstream upstream_random asr_dir superb_dir \
+    analysis_dir efficiency_dir
+
+# shellcheck disable=SC2046
+[ -f "${conf}/models/${model}.yaml" ] ||
+    fail "unknown model '${model}'$(nearest "${model}" $(basename -s .yaml "${conf}"/models/*.yaml) | sed 's/--//')"
+
+if [ -z "${ESPNET_MAMBA_NO_SETUP:-}" ]; then
+    "${root}/utils/setup_env.sh"
+fi
+# shellcheck source=egs2/TEMPLATE/ssl1/path.sh
+. ./path.sh
+# shellcheck source=egs2/TEMPLATE/ssl1/cmd.sh
+. ./cmd.sh
+
+run() { # run NAME COMMAND...: the stage NAME is COMMAND
+    local name=$1
+    shift
+    "${python}" -m espnet_mamba.bin.run_stage --table "${table}" --stage "${name}" --record_dir "${tagdir}/stages" -- "$@"
+}
+module() { echo "${python} -m espnet_mamba.bin.$1"; }
+
+train_launcher() { # how pretraining starts: one process, ESPnet's own spawn over GPUs, or torchrun over CPU processes
+    if [ "${ngpu}" -gt 1 ]; then
+        echo "$(module hubert_train) --ngpu ${ngpu} --multiprocessing_distributed true"
+    elif [ "${ngpu}" -eq 0 ] && [ "${nproc}" -gt 1 ]; then
+        echo "torchrun --standalone --nproc_per_node ${nproc} -m espnet_mamba.bin.hubert_train --ngpu 0 --dist_backend gloo"
+    else
+        echo "$(module hubert_train) --ngpu ${ngpu}"
+    fi
+}
+
+pretrain() { # pretrain STAGE CONFIG TARGETS OUTPUT LABEL_RATE NUM_CLASSES
+    local raw=${dumpdir}/raw
+    # shellcheck disable=SC2046,SC2086
+    run "$1" $(train_launcher) --config "${conf}/pretrain/$2.yaml" --model "${conf}/models/${model}.yaml" \
+        --output_dir "$4" --label_rate "$5" --num_classes "$6" --seed "${seed}" \
+        --train_data_path_and_name_and_type "${raw}/train/wav.scp,speech,sound" \
+        --train_data_path_and_name_and_type "$3/train.npy,labels,frame_labels" \
+        --valid_data_path_and_name_and_type "${raw}/dev/wav.scp,speech,sound" \
+        --valid_data_path_and_name_and_type "$3/dev.npy,labels,frame_labels" \
+        --train_shape_file "${raw}/train/utt2num_samples" --valid_shape_file "${raw}/dev/utt2num_samples" \
+        ${pretrain_args}
+}
+
+device() { if [ "${ngpu}" -gt 0 ]; then echo cuda; else echo cpu; fi; }
+systems() { echo "--system pretrained=${upstream} --system random=${upstream_random} --system fbank=$1"; }
+
+stage_data() {
+    run data local/data.sh --data_dir "${datadir}" --minutes "${minutes}" --seed "${seed}" --nj "${nj}" \
+        ${corpus_dir:+--corpus_dir "${corpus_dir}"}
+}
+stage_check() {
+    run check "${python}" -m espnet_mamba.bin.check_data --data_dir "${datadir}" --dump_dir "${dumpdir}/raw" \
+        --sets train dev test --bad_audio "${bad_audio}" --nj "${nj}"
+}
+stage_targets1() {
+    run targets1 "${python}" -m espnet_mamba.bin.make_targets --dump_dir "${dumpdir}/raw" --out_dir "${targets1}" \
+        --features mfcc100 --num_clusters "${num_clusters1}" --max_frames "${kmeans_frames}" --seed "${seed}" \
+        --num_shards "${nj}"
+}
+stage_pretrain1() {
+    pretrain pretrain1 "${pretrain1_config}" "${targets1}" "${pretrain1}" 100 "${num_clusters1}"
+}
+stage_targets2() {
+    run targets2 "${python}" -m espnet_mamba.bin.make_targets --dump_dir "${dumpdir}/raw" --out_dir "${targets2}" \
+        --features "${pretrain1}/valid.loss.best" --layer "${target_layer}" --num_clusters "${num_clusters2}" \
+        --max_frames "${kmeans_frames}" --seed "${seed}" --num_shards "${nj}" --device "$(device)"
+}
+stage_pretrain2() {
+    pretrain pretrain2 "${pretrain2_config}" "${targets2}" "${pretrain2}" 50 "${num_clusters2}"
+}
+stage_upstream() {
+    run upstream "${python}" -m espnet_mamba.bin.export_upstream --model_dir "${pretrain2}/valid.loss.best" \
+        --out_dir "${upstream}" --random_dir "${upstream_random}" --check_set "${dumpdir}/raw/dev" --seed "${seed}"
+}
+stage_asr_train() {
+    # shellcheck disable=SC2046,SC2086
+    run asr_train "${python}" -m espnet_mamba.bin.asr_train --config "${conf}/asr/${asr_config}.yaml" \
+        --dump_dir "${dumpdir}/raw" --out_dir "${asr_dir}" $(systems logmel) --nbpe "${nbpe}" --nj "${nj}" ${asr_args}
+}
+stage_asr_decode() {
+    run asr_decode "${python}" -m espnet_mamba.bin.asr_decode --config "${conf}/asr/${decode_config}.yaml" \
+        --dump_dir "${dumpdir}/raw" --asr_dir "${asr_dir}" --nj "${nj}"
+}
+stage_superb() {
+    # shellcheck disable=SC2046,SC2086
+    run superb "${python}" -m espnet_mamba.bin.superb --config "${conf}/superb/${superb_config}.yaml" \
+        --task "${superb_task}" --dump_dir "${dumpdir}/raw" --out_dir "${superb_dir}" $(systems fbank) ${superb_args}
+}
+stage_analysis() {
+    # shellcheck disable=SC2046,SC2086
+    run analysis "${python}" -m espnet_mamba.bin.analyse --config "${conf}/analysis/${analysis_config}.yaml" \
+        --dump_dir "${dumpdir}/raw" --train_set dev --test_set test --out_dir "${analysis_dir}" $(systems logmel) \
+        --seed "${seed}" ${analysis_args}
+}
+stage_efficiency() {
+    # shellcheck disable=SC2086
+    run efficiency "${python}" -m espnet_mamba.bin.efficiency --upstream "${upstream}" --out_dir "${efficiency_dir}" \
+        --seconds ${efficiency_seconds} ${efficiency_args}
+}
+stage_report() {
+    run report "${python}" -m espnet_mamba.bin.report --tag "${tag}" --out_dir "${tagdir}" \
+        --stages_dir "${tagdir}/stages" --targets "${targets1}" "${targets2}" \
+        --pretrain "${pretrain1}" "${pretrain2}" --asr_dir "${asr_dir}" --superb_dir "${superb_dir}" \
+        --analysis_dir "${analysis_dir}" --efficiency_dir "${efficiency_dir}"
+}
+
+while IFS=$'\t' read -r number name group _; do
+    if [ "${number}" -lt "${first}" ] || [ "${number}" -gt "${last}" ]; then continue; fi
+    group_skip=skip_${group}
+    if [[ ${skipped} == *" ${name} "* || ${!group_skip} == true ]]; then
+        log "stage ${number} (${name}): skipped, as asked"
+        continue
+    fi
+    "stage_${name}" < /dev/null
+done < <(tail -n +2 "${table}")
+log "stages ${first} to ${last} are done; results: ${tagdir}"

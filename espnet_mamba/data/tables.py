@@ -1,0 +1,95 @@
+"""The tables of one raw set, ``data/<set>/{wav.scp,text,utt2spk[,phones.ctm][,utt2intent]}``, and what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from espnet_mamba.data.kaldi import Segment, scan_ctm, scan_table, write_ctm, write_table
+
+REQUIRED = ("wav.scp", "text", "utt2spk")
+OPTIONAL = ("phones.ctm", "utt2intent")
+
+
+@dataclass
+class SetTables:
+    """One set as it was read. ``wavs`` has resolved paths; ``problems`` are whole-table faults, one line each."""
+
+    name: str
+    wavs: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    speakers: dict[str, str] = field(default_factory=dict)
+    phones: dict[str, list[Segment]] | None = None
+    intents: dict[str, str] | None = None
+    unsorted: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_set(folder: str | Path, roots: Sequence[str | Path]) -> SetTables:
+    """Read one set folder; a relative path in wav.scp is looked for under each of ``roots`` in turn.
+
+    Nothing is raised: missing tables, malformed lines, duplicate ids and pipes are all in ``problems``.
+    """
+    folder = Path(folder)
+    tables = SetTables(folder.name)
+    if not folder.is_dir():
+        tables.problems.append(f"{folder}: no such folder; every set needs one with {', '.join(REQUIRED)}")
+        return tables
+    loaded: dict[str, dict[str, str]] = {}
+    for name in (*REQUIRED, "utt2intent"):
+        path = folder / name
+        if not path.is_file():
+            if name in REQUIRED:
+                tables.problems.append(f"{path}: no such table; write one line 'utterance value' for each recording")
+            continue
+        try:
+            loaded[name], problems = scan_table(path, allow_empty=name == "text")
+        except ValueError as error:
+            problems = [str(error)]
+        tables.problems += problems
+        if list(loaded.get(name, ())) != sorted(loaded.get(name, ())):
+            tables.unsorted.append(name)
+    for utt_id, value in loaded.get("wav.scp", {}).items():
+        _resolve(tables, folder / "wav.scp", utt_id, value, roots)
+    tables.texts = loaded.get("text", {})
+    tables.speakers = loaded.get("utt2spk", {})
+    tables.intents = loaded.get("utt2intent")
+    _read_phones(tables, folder / "phones.ctm")
+    return tables
+
+
+def _resolve(tables: SetTables, table: Path, utt_id: str, value: str, roots: Sequence[str | Path]) -> None:
+    """Put the absolute path of one recording into ``tables.wavs``, or a line into ``problems`` when it is a pipe."""
+    if value.endswith("|") or value.startswith("|"):
+        tables.problems.append(
+            f"{table}: {utt_id}: {value!r} is a pipe, wav.scp must hold a file; run the command once, name its output"
+        )
+        return
+    if not value:
+        return
+    candidates = [Path(root).resolve() / value for root in roots]
+    tables.wavs[utt_id] = str(next((path for path in candidates if path.is_file()), candidates[0]))
+
+
+def _read_phones(tables: SetTables, path: Path) -> None:
+    if not path.is_file():
+        return
+    try:
+        tables.phones, problems = scan_ctm(path)
+    except ValueError as error:
+        problems = [str(error)]
+    tables.problems += problems
+
+
+def write_set(tables: SetTables, folder: Path, with_samples: dict[str, int] | None = None) -> None:
+    """Write the tables sorted by utterance into ``folder``; ``with_samples`` adds utt2num_samples."""
+    ids = sorted(tables.wavs)
+    write_table(folder / "wav.scp", {utt_id: tables.wavs[utt_id] for utt_id in ids})
+    for name, table in (("text", tables.texts), ("utt2spk", tables.speakers), ("utt2intent", tables.intents)):
+        if table is not None:
+            write_table(folder / name, {utt_id: table[utt_id] for utt_id in sorted(table)})
+    if tables.phones is not None:
+        write_ctm(folder / "phones.ctm", {utt_id: tables.phones[utt_id] for utt_id in sorted(tables.phones)})
+    if with_samples is not None:
+        write_table(folder / "utt2num_samples", {utt_id: str(with_samples[utt_id]) for utt_id in ids})

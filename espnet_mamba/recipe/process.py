@@ -1,0 +1,61 @@
+"""Run a stage's command: its output to the screen and a log, its peak memory watched, ended with us on Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+POLL_SECONDS = 0.5
+
+
+def run_logged(command: Sequence[str], log: Path) -> tuple[int, float]:
+    """Run ``command`` in a session of its own; return its exit status and the peak of its processes' memory in MB.
+
+    Memory is the sum of resident sets over all processes of the session, sampled twice a second (pages that processes
+    share count for each of them).
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    peak = [0.0]
+    done = threading.Event()
+    with log.open("wb") as handle:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        watcher = threading.Thread(target=_watch_memory, args=(child.pid, peak, done), daemon=True)
+        watcher.start()
+        try:
+            while block := os.read(child.stdout.fileno(), 65536):
+                handle.write(block)
+                handle.flush()
+                sys.stdout.buffer.write(block)
+                sys.stdout.buffer.flush()
+            status = child.wait()
+        except BaseException:  # also KeyboardInterrupt: nothing of the stage may run on
+            os.killpg(child.pid, signal.SIGTERM)
+            child.wait()
+            raise
+        finally:
+            done.set()
+    watcher.join()
+    return status, peak[0]
+
+
+def _watch_memory(session: int, peak: list[float], done: threading.Event) -> None:
+    while not done.wait(POLL_SECONDS):
+        peak[0] = max(peak[0], _session_memory_mb(session))
+
+
+def _session_memory_mb(session: int) -> float:
+    """Return the resident memory of all processes of a session; 0 where there is no /proc."""
+    total = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session:
+                total += int(fields[21])  # resident pages
+        except (OSError, IndexError, ValueError):
+            continue  # the process ended while we looked
+    return total * os.sysconf("SC_PAGE_SIZE") / 1e6

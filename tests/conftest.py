@@ -1,0 +1,28 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def so762() -> Path:
+    folder = ROOT.parent / "shared" / "data" / "so762_mini"
+    if not folder.is_dir():
+        pytest.skip("recorded speech (../shared/data/so762_mini) is not on this machine")
+    return folder
