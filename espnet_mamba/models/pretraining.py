@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet_mamba.layers.conv_frontend import num_conv_frames
 from espnet_mamba.models.config import HubertConfig
 from espnet_mamba.models.hubert import HubertModel
 from espnet_mamba.models.masking import span_mask
@@ -58,7 +59,7 @@ class HubertForPretraining(nn.Module):
 
     def forward(
         self,
-        wavs: Tensor,
+        speech: Tensor,
         labels: Tensor,
         num_samples: Tensor | None = None,
         generator: torch.Generator | None = None,
@@ -66,25 +67,23 @@ class HubertForPretraining(nn.Module):
         """Mask, encode, and score a batch.
 
         Args:
-            wavs: ``(B, S)``.
+            speech: audio ``(B, S)``.
             labels: one class per frame ``(B, T)``; what stands in the padding is not read.
             num_samples: valid samples ``(B,)``; None when nothing is padded.
-            generator: source of the masks, on the device of ``wavs``.
+            generator: source of the masks, on the device of ``speech``.
 
         Raises:
             ValueError: labels and frames differ in number.
         """
-        from espnet_mamba.layers.conv_frontend import num_conv_frames
-
-        counts = torch.full((len(wavs),), wavs.shape[1], device=wavs.device) if num_samples is None else num_samples
+        counts = torch.full((len(speech),), speech.shape[1], device=speech.device) if num_samples is None else num_samples
         num_frames = num_conv_frames(counts, self.hubert.config.conv_layers)
-        total = int(num_conv_frames(wavs.shape[1], self.hubert.config.conv_layers))
+        total = int(num_conv_frames(speech.shape[1], self.hubert.config.conv_layers))
         if labels.shape[1] != total:
             raise ValueError(f"labels have {labels.shape[1]} frames, the audio has {total}")
         mask = span_mask(num_frames, total, self.mask_probability, self.mask_span, generator=generator)
-        output = self.hubert(wavs, num_samples, mask)
+        output = self.hubert(speech, num_samples, mask)
         hidden = output.hidden_states[-1]
-        valid = torch.arange(total, device=wavs.device) < num_frames[:, None]
+        valid = torch.arange(total, device=speech.device) < num_frames[:, None]
 
         targets = labels[mask]
         logits = self.head(hidden[mask])

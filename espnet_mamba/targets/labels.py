@@ -1,4 +1,4 @@
-"""Frame labels on disk: ``<set>.npy``, all labels in one uint16 array, and ``<set>.tsv``, where each utterance starts."""
+"""Frame labels on disk: ``<set>.npy``, one uint16 array, and ``<set>.tsv``, where each utterance starts in it."""
 
 from __future__ import annotations
 

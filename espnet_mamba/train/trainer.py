@@ -199,5 +199,5 @@ class _Run:
         """Write the last model as a folder."""
         if self.rank == 0:
             save_checkpoint(self.model.model.hubert, self.output_dir / LAST)
-            logging.info(f"done: best validation loss {self.best_loss:.4f}; models in {self.output_dir}: {BEST}, {LAST}")
+            logging.info(f"done: best validation loss {self.best_loss:.4f}; models {BEST}, {LAST} in {self.output_dir}")
         self.log.close()
