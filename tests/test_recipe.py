@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from espnet_mamba.recipe.fingerprint import command_options, differences
-from espnet_mamba.recipe.process import run_logged
+from espnet_mamba.recipe.process import exclusive, run_logged
 from espnet_mamba.recipe.runner import StageFailedError, run_stage
 from espnet_mamba.recipe.table import find_stage, maker_of, read_table
 
+ROOT = Path(__file__).resolve().parents[1]
 HEADER = "number\tname\tgroup\twork_dir\tneeds\tmakes\tpurpose\n"
 
 
@@ -89,6 +90,34 @@ def test_memory_of_children_is_seen(tmp_path):
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
     status, peak = run_logged([sys.executable, "-c", code], tmp_path / "log")
     assert status == 0 and (peak > 280 or not Path("/proc").exists())
+
+
+def test_a_stage_runs_once_at_a_time(tmp_path):
+    with exclusive(tmp_path / "x.lock", "stage 4 (pretrain1)"):
+        code = "import pathlib; from espnet_mamba.recipe.process import exclusive\n"
+        code += f"with exclusive(pathlib.Path({str(tmp_path / 'x.lock')!r}), 'stage 4 (pretrain1)'): pass"
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+        assert f"stage 4 (pretrain1) is being run by process {os.getpid()}" in result.stderr
+    with exclusive(tmp_path / "x.lock", "stage 4 (pretrain1)"):
+        pass
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="parent-death signals are Linux's")
+def test_killing_the_runner_kills_its_command(tmp_path):
+    inner = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    code = "import pathlib, sys; from espnet_mamba.recipe.process import exclusive, run_logged\n"
+    code += f"run_logged([sys.executable, '-c', {inner!r}], pathlib.Path({str(tmp_path / 'log')!r}))"
+    runner = subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text():
+        time.sleep(0.02)
+    runner.kill()
+    runner.wait()
+    pid = int((tmp_path / "pid").read_text())
+    deadline = time.monotonic() + 5
+    while Path(f"/proc/{pid}/exe").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{pid}/exe").exists()
 
 
 def test_options_are_compared_by_name():

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 POLL_SECONDS = 0.5
+PR_SET_PDEATHSIG = 1  # Linux, prctl(2)
+
+
+@contextmanager
+def exclusive(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock on ``path`` while in the block; the system frees it when this process ends, however it ends.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            handle.seek(0)
+            raise ValueError(f"{what} is being run by process {handle.read() or '?'}; wait for it or end it") from error
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
 
 
 def run_logged(command: Sequence[str], log: Path) -> tuple[int, float]:
@@ -23,7 +47,8 @@ def run_logged(command: Sequence[str], log: Path) -> tuple[int, float]:
     peak = [0.0]
     done = threading.Event()
     with log.open("wb") as handle:
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        child = subprocess.Popen(command, **streams, start_new_session=True, preexec_fn=_die_with_parent)
         watcher = threading.Thread(target=_watch_memory, args=(child.pid, peak, done), daemon=True)
         watcher.start()
         try:
@@ -41,6 +66,12 @@ def run_logged(command: Sequence[str], log: Path) -> tuple[int, float]:
             done.set()
     watcher.join()
     return status, peak[0]
+
+
+def _die_with_parent() -> None:
+    """Ask Linux to kill this process when the one that started it is killed: else two runs could meet in one folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _watch_memory(session: int, peak: list[float], done: threading.Event) -> None:

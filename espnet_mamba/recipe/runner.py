@@ -15,7 +15,7 @@ from pathlib import Path
 
 from espnet_mamba.data.files import read_json, write_json, write_text
 from espnet_mamba.recipe.fingerprint import command_configs, command_options, differences, file_states
-from espnet_mamba.recipe.process import run_logged
+from espnet_mamba.recipe.process import exclusive, run_logged
 from espnet_mamba.recipe.table import Stage, maker_of
 
 
@@ -33,50 +33,49 @@ def run_stage(
 
     Raises:
         FileNotFoundError: an input is missing; names the stage that makes it.
+        ValueError: another process is running this stage.
         StageFailedError: the command failed, or did not make what it should.
     """
     title = f"stage {stage.number} ({stage.name})"
     record_path = record_dir / f"{stage.number:02d}_{stage.name}.json"
-    old = read_json(record_path) if record_path.is_file() else None
-    outputs = stage.expand(stage.makes, variables)
-    inputs = _inputs(table, stage, variables) + command_configs(command)
-    files = file_states(inputs, old["inputs"] if old else {})
-    options = command_options(command)
-    changes = differences(old["options"], options, old["inputs"], files) if old else []
-    missing = [path for path in outputs if not path.exists()]
-    if old and old["status"] == "done" and not changes and not missing:
-        print(f"{title}: done in {old['seconds']:.0f} s on {old['started']}; skipped", flush=True)
-        return False
-    _announce(title, stage, old, changes, missing)
-    if changes and stage.work_dir:
-        _set_aside(stage.expand([stage.work_dir], variables)[0])
+    with exclusive(record_path.with_suffix(".lock"), title):
+        old = read_json(record_path) if record_path.is_file() else None
+        outputs = stage.expand(stage.makes, variables)
+        inputs = _inputs(table, stage, variables) + command_configs(command)
+        files = file_states(inputs, old["inputs"] if old else {})
+        options = command_options(command)
+        changes = differences(old["options"], options, old["inputs"], files) if old else []
+        missing = [path for path in outputs if not path.exists()]
+        if old and old["status"] == "done" and not changes and not missing:
+            print(f"{title}: done in {old['seconds']:.0f} s on {old['started']}; skipped", flush=True)
+            return False
+        _announce(title, stage, old, changes, missing)
+        if changes and stage.work_dir:
+            _set_aside(stage.expand([stage.work_dir], variables)[0])
+        _execute(title, stage, record_path, command, {"options": options, "inputs": files}, outputs)
+        return True
+
+
+def _execute(
+    title: str, stage: Stage, record_path: Path, command: Sequence[str], state: dict[str, dict], outputs: list[Path]
+) -> None:
+    """Run the command, with a record that says ``running`` until it says ``done`` or ``failed``."""
     log = record_path.with_suffix(".log")
-    record = {
-        "number": stage.number,
-        "name": stage.name,
-        "purpose": stage.purpose,
-        "command": shlex.join(command),
-        "options": options,
-        "inputs": files,
-        "started": datetime.now().isoformat(timespec="seconds"),
-        "seconds": 0.0,
-        "peak_memory_mb": 0.0,
-        "status": "running",
-    }
-    write_json(record_path, record)
+    record = {"number": stage.number, "name": stage.name, "purpose": stage.purpose, "command": shlex.join(command)}
+    record |= state | {"started": datetime.now().isoformat(timespec="seconds"), "seconds": 0.0, "peak_memory_mb": 0.0}
+    write_json(record_path, record | {"status": "running"})
     _write_rerun(record_path.with_suffix(".sh"), command)
     started = time.monotonic()
     status, peak = run_logged(command, log)
     missing = [path for path in outputs if not path.exists()]
-    record["seconds"], record["peak_memory_mb"] = round(time.monotonic() - started, 2), round(peak)
-    record["status"] = "done" if status == 0 and not missing else "failed"
-    write_json(record_path, record)
-    if record["status"] == "failed":
+    record |= {"seconds": round(time.monotonic() - started, 2), "peak_memory_mb": round(peak)}
+    failed = status != 0 or bool(missing)
+    write_json(record_path, record | {"status": "failed" if failed else "done"})
+    if failed:
         why = f"exit status {status}" if status else f"it did not make {missing[0]}"
         alone = record_path.with_suffix(".sh")
         raise StageFailedError(f"{title} failed: {why}; log: {log}; run it alone: bash {alone}")
     print(f"{title}: finished in {record['seconds']:.0f} s, peak memory {peak:.0f} MB", flush=True)
-    return True
 
 
 def _inputs(table: Sequence[Stage], stage: Stage, variables: Mapping[str, str]) -> list[Path]:
