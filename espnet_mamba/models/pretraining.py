@@ -75,8 +75,11 @@ class HubertForPretraining(nn.Module):
         Raises:
             ValueError: labels and frames differ in number.
         """
-        counts = torch.full((len(speech),), speech.shape[1], device=speech.device) if num_samples is None else num_samples
-        num_frames = num_conv_frames(counts, self.hubert.config.conv_layers)
+        if num_samples is None:
+            valid_samples = torch.full((len(speech),), speech.shape[1], device=speech.device)
+        else:
+            valid_samples = num_samples
+        num_frames = num_conv_frames(valid_samples, self.hubert.config.conv_layers)
         total = int(num_conv_frames(speech.shape[1], self.hubert.config.conv_layers))
         if labels.shape[1] != total:
             raise ValueError(f"labels have {labels.shape[1]} frames, the audio has {total}")

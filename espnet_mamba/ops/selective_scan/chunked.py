@@ -32,32 +32,41 @@ def scan_chunked(
     return y[:, :num_frames], last
 
 
-def linear_recurrence_(decay: Tensor, value: Tensor) -> Tensor:
+def linear_recurrence_(decay: Tensor, value: Tensor, reverse: bool = False) -> Tensor:
     """Overwrite ``value`` by ``h_t = decay_t h_{t-1} + value_t`` with ``h_{-1} = 0``; destroys ``decay``.
 
     Args:
         decay: ``(B, T, E, N)``, T a multiple of ``CHUNK_FRAMES``.
         value: ``(B, T, E, N)``.
+        reverse: run from the last frame to the first, ``h_t = decay_t h_{t+1} + value_t``.
 
     Returns:
         ``value``.
     """
     shape = (decay.shape[0], -1, CHUNK_FRAMES, *decay.shape[2:])
     decays, values = decay.view(shape), value.view(shape)
-    for i in range(1, CHUNK_FRAMES):  # every chunk from a zero state; decays become products since the chunk's start
-        values[:, :, i].addcmul_(decays[:, :, i], values[:, :, i - 1])
-        decays[:, :, i].mul_(decays[:, :, i - 1])
-    for c in range(1, values.shape[1]):  # hand each chunk the state that the one before it ended with
-        values[:, c].addcmul_(decays[:, c], values[:, c - 1, -1:])
+    back = 1 if reverse else -1  # where the frame before stands
+    positions, chunks = range(CHUNK_FRAMES), range(values.shape[1])
+    # Every chunk from a zero state; the decays become products since the chunk's start.
+    for i in list(reversed(positions))[1:] if reverse else positions[1:]:
+        values[:, :, i].addcmul_(decays[:, :, i], values[:, :, i + back])
+        decays[:, :, i].mul_(decays[:, :, i + back])
+    end = slice(0, 1) if reverse else slice(-1, None)
+    # Hand each chunk the state that the one before it ended with.
+    for c in list(reversed(chunks))[1:] if reverse else chunks[1:]:
+        values[:, c].addcmul_(decays[:, c], values[:, c + back, end])
     return value
 
 
-def _states(x: Tensor, dt: Tensor, A: Tensor, Bmat: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Return all states of a segment and the decays ``exp(dt A)``, both ``(B, T, E, N)``."""
-    decay = torch.exp(dt[..., None] * A)
+def _states_(decay: Tensor, x: Tensor, dt: Tensor, Bmat: Tensor, state: Tensor) -> Tensor:
+    """Return all states of a segment ``(B, T, E, N)`` from its decays ``exp(dt A)``, which are destroyed."""
     value = (dt * x)[..., None] * Bmat[:, :, None]
     value[:, 0].addcmul_(decay[:, 0], state)
-    return linear_recurrence_(decay.clone(), value), decay
+    return linear_recurrence_(decay, value)
+
+
+def _decays(dt: Tensor, A: Tensor) -> Tensor:
+    return torch.mul(dt[..., None], A).exp_()
 
 
 def _segment_frames(x: Tensor, num_states: int) -> int:
@@ -75,7 +84,7 @@ class _ChunkedScan(torch.autograd.Function):
         for begin in range(0, x.shape[1], size):
             part = slice(begin, begin + size)
             starts.append(state)
-            states, _ = _states(x[:, part], dt[:, part], A, Bmat[:, part], state)
+            states = _states_(_decays(dt[:, part], A), x[:, part], dt[:, part], Bmat[:, part], state)
             outputs.append(torch.matmul(states, Cmat[:, part, :, None]).squeeze(-1))
             state = states[:, -1].clone()
         ctx.save_for_backward(x, dt, A, Bmat, Cmat, *starts)
@@ -105,12 +114,13 @@ def _segment_backward(
     With ``g_t = dL/dh_t = grad_y_t C_t + exp(dt_{t+1} A) g_{t+1}``, a recurrence that runs backwards in time; ``carry``
     is the gradient that reaches the segment's last state from later frames.
     """
-    states, decay = _states(x, dt, A, Bmat, state)
+    decay = _decays(dt, A)
+    states = _states_(decay.clone(), x, dt, Bmat, state)
     grad_C = torch.matmul(grad_y[:, :, None], states).squeeze(2)
     grad = grad_y[..., None] * Cmat[:, :, None]
     grad[:, -1] += carry
     next_decay = torch.cat([decay[:, 1:], torch.ones_like(decay[:, :1])], dim=1)
-    grad = linear_recurrence_(next_decay.flip(1), grad.flip(1)).flip(1)
+    linear_recurrence_(next_decay, grad, reverse=True)
 
     scaled_input = dt * x
     grad_B = torch.matmul(scaled_input[:, :, None], grad).squeeze(2)
