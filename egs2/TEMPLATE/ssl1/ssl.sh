@@ -127,6 +127,8 @@ last=$(number_of "${stop_stage}")
 [ "${num_nodes}" -eq 1 ] || fail "--num_nodes ${num_nodes}: cmd.sh knows only cmd_backend=local, which has one machine"
 
 if [ -n "${corpus_dir}" ]; then
+    # run.sh has changed to its own folder; a path may be meant from where the user stands
+    if [ ! -d "${corpus_dir}" ] && [ -d "${OLDPWD:-.}/${corpus_dir}" ]; then corpus_dir=${OLDPWD}/${corpus_dir}; fi
     [ -d "${corpus_dir}" ] || fail "--corpus_dir ${corpus_dir}: no such folder"
     corpus=$(basename "$(cd "${corpus_dir}" && pwd)")
     : "${datadir:=data_${corpus}}" "${dumpdir:=dump_${corpus}}"
