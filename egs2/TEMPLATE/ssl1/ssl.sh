@@ -254,7 +254,9 @@ stage_report() {
     run report "${python}" -m espnet_mamba.bin.report --tag "${tag}" --out_dir "${tagdir}" \
         --stages_dir "${tagdir}/stages" --targets "${targets1}" "${targets2}" \
         --pretrain "${pretrain1}" "${pretrain2}" --asr_dir "${asr_dir}" --superb_dir "${superb_dir}" \
-        --analysis_dir "${analysis_dir}" --efficiency_dir "${efficiency_dir}"
+        --analysis_dir "${analysis_dir}" --efficiency_dir "${efficiency_dir}" \
+        --config "${conf}/models/${model}.yaml" "${conf}/pretrain/${pretrain1_config}.yaml" \
+        "${conf}/pretrain/${pretrain2_config}.yaml" "${conf}/asr/${asr_config}.yaml"
 }
 
 while IFS=$'\t' read -r number name group _; do

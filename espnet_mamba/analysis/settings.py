@@ -1,0 +1,77 @@
+"""The settings of the analysis stage: one YAML, read into frozen dataclasses; an unknown key is refused by name."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from espnet_mamba.analysis.bounds import BoundSettings
+from espnet_mamba.analysis.mine import MinePaperSettings
+
+
+@dataclass(frozen=True)
+class PuritySettings:
+    """k-means and silence; ``clusters`` K, ``silence`` the labels that are left out of fit and score."""
+
+    clusters: tuple[int, ...] = (50, 100)
+    iterations: int = 30
+    silence: tuple[str, ...] = ("sil", "SIL", "sp", "spn")
+    resamples: int = 1000
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "clusters", tuple(int(k) for k in self.clusters))
+        object.__setattr__(self, "silence", tuple(str(label) for label in self.silence))
+
+
+@dataclass(frozen=True)
+class AnalysisSettings:
+    """All settings of ``bin.analyse``; conf/analysis/*.yaml says unit and default of each."""
+
+    max_utterances: int | None = None
+    max_memory_mb: float = 2000.0
+    dtype: str = "float32"
+    references: tuple[str, ...] = ("layer0", "logmel")
+    mine_utterances: int = 12
+    mine_paper: MinePaperSettings = field(default_factory=MinePaperSettings)
+    bounds: BoundSettings = field(default_factory=BoundSettings)
+    purity: PuritySettings = field(default_factory=PuritySettings)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "references", tuple(self.references))
+        for name in self.references:
+            if name not in ("layer0", "logmel"):
+                raise ValueError(f"references: {name!r} is not one of: layer0 logmel")
+        if self.dtype not in ("float32", "float16"):
+            raise ValueError(f"dtype: {self.dtype!r} is not one of: float32 float16")
+
+
+_GROUPS = {"mine_paper": MinePaperSettings, "bounds": BoundSettings, "purity": PuritySettings}
+
+
+def load_settings(path: str | Path) -> AnalysisSettings:
+    """Read a YAML of analysis settings; ValueError names the file, the unknown key and the nearest known one."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file of analysis settings; conf/analysis/mini.yaml is one")
+    values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    for name, group in _GROUPS.items():
+        if name in values:
+            values[name] = _build(group, values[name] or {}, f"{path}: {name}")
+    return _build(AnalysisSettings, values, str(path))
+
+
+def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
+    known = [entry.name for entry in fields(kind)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ValueError(
+                f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {known}")
+            )
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error

@@ -1,0 +1,59 @@
+"""Mutual information and phone purity of every layer of some systems: tables, figures, and a paired comparison."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from espnet_mamba.bin.cli import run_main
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the command's options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m espnet_mamba.bin.analyse",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, help="analysis settings, such as conf/analysis/mini.yaml")
+    parser.add_argument("--dump_dir", required=True, help="folder of the checked sets, such as dump/raw")
+    parser.add_argument("--train_set", required=True, help="set that k-means is fitted on")
+    parser.add_argument("--test_set", required=True, help="set that everything is measured on")
+    parser.add_argument(
+        "--system",
+        required=True,
+        action="append",
+        metavar="NAME=SPEC",
+        help="a system and where it comes from: a model folder, or logmel; give it once per system",
+    )
+    parser.add_argument("--out_dir", required=True, help="folder for tables and figures")
+    parser.add_argument("--max_utterances", type=int, help="at most this many utterances of each set (config's value)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of every draw")
+    return parser
+
+
+def main() -> None:
+    """Parse and call."""
+    args = get_parser().parse_args()
+    systems: dict[str, str] = {}
+    for system in args.system:
+        name, separator, spec = system.partition("=")
+        if not (name and separator and spec):
+            raise ValueError(
+                f"--system {system!r}: expected NAME=SPEC, such as pretrained=exp/upstream or fbank=logmel"
+            )
+        if name in systems:
+            raise ValueError(f"--system {name}: given twice; give every system its own name")
+        systems[name] = spec
+
+    from espnet_mamba.analysis.settings import load_settings
+    from espnet_mamba.analysis.stage import run_analysis
+
+    settings = load_settings(args.config)
+    if args.max_utterances is not None:
+        settings = replace(settings, max_utterances=args.max_utterances)
+    run_analysis(settings, args.dump_dir, (args.train_set, args.test_set), systems, args.out_dir, args.seed)
+
+
+if __name__ == "__main__":
+    run_main(main)

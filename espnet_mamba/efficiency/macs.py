@@ -1,0 +1,83 @@
+"""Multiply-accumulates of a model's forward pass, by formula, part by part.
+
+A MAC is one multiplication with the addition that takes its result (2 FLOP). Counted: convolutions, linear layers, the
+scan, products of attention. Not counted: norms, activations, gates, exponentials, additions of biases and residuals.
+The scan is counted as SCAN_MACS per frame, channel and state: (dt x) B, decay * h + that, and C h; most counters read
+it as 0.
+Letters: S samples at 16 kHz, T frames at 50 Hz, D width, E = expand * D, N states, R rank of dt, K classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from espnet_mamba.models.config import HubertConfig
+
+SAMPLE_RATE = 16000
+SCAN_MACS = 3
+HEAD_DIM = 256
+
+
+def count_macs(config: HubertConfig, num_samples: int, num_classes: int = 0) -> dict[str, int]:
+    """Return part -> MACs for one utterance of ``num_samples``; the pretraining head only with ``num_classes``.
+
+    ValueError when the audio is shorter than one frame or the mixer has no formula.
+    """
+    if num_samples < config.receptive_field:
+        raise ValueError(
+            f"{num_samples} samples are shorter than one frame ({config.receptive_field} samples); give a longer length"
+        )
+    front_end, frames = _front_end(config, num_samples)
+    width = config.embed_dim
+    parts = {"front_end": front_end, "projection": frames * config.conv_layers[-1][0] * width}
+    if config.position != "none":
+        parts["position"] = frames * width * (width // config.position_groups) * config.position_kernel
+    if config.mixer not in MIXER_MACS:
+        raise ValueError(f"mixer {config.mixer!r} has no formula; known: {' '.join(MIXER_MACS)}; add it to MIXER_MACS")
+    parts |= {name: config.num_layers * macs for name, macs in MIXER_MACS[config.mixer](config, frames).items()}
+    if config.ffn_dim:
+        parts["feed_forward"] = config.num_layers * frames * 2 * width * config.ffn_dim
+    if num_classes:
+        parts["head"] = frames * HEAD_DIM * (width + num_classes)
+    return parts
+
+
+def macs_per_second(config: HubertConfig, seconds: float) -> dict[str, float]:
+    """Return part -> MACs per second of audio at a length in seconds, without the head."""
+    parts = count_macs(config, round(seconds * SAMPLE_RATE))
+    return {name: macs / seconds for name, macs in parts.items()}
+
+
+def _front_end(config: HubertConfig, num_samples: int) -> tuple[int, int]:
+    """Return the MACs of the convolutions over samples, and T."""
+    total, length, inner = 0, num_samples, 1
+    for channels, kernel, stride in config.conv_layers:
+        length = (length - kernel) // stride + 1
+        total += length * inner * channels * kernel
+        inner = channels
+    return total, length
+
+
+def _mamba(config: HubertConfig, frames: int) -> dict[str, int]:
+    width, states = config.embed_dim, config.state_size
+    inner, rank = config.expand * width, math.ceil(width / 16)
+    return {
+        "in_proj": frames * width * 2 * inner,
+        "conv": frames * inner * config.conv_kernel,
+        "x_proj": frames * inner * (rank + 2 * states),
+        "dt_proj": frames * rank * inner,
+        "scan": frames * inner * states * SCAN_MACS,
+        "out_proj": frames * inner * width,
+    }
+
+
+def _ext_bimamba(config: HubertConfig, frames: int) -> dict[str, int]:
+    parts = {name: 2 * macs for name, macs in _mamba(config, frames).items()}
+    if config.join == "concat_linear":
+        parts["join"] = frames * 2 * config.embed_dim * config.embed_dim
+    return parts
+
+
+# mixer -> MACs of one block, by part; the same keys as layers.block.MIXERS.
+MIXER_MACS: dict[str, Callable[[HubertConfig, int], dict[str, int]]] = {"mamba": _mamba, "extbimamba": _ext_bimamba}

@@ -1,0 +1,210 @@
+"""Mutual information on data whose answer is known: Gaussians, independent noise, scaled copies. F frames, D width."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from espnet_mamba.analysis.bounds import ESTIMATORS, BoundSettings, held_out_bounds
+from espnet_mamba.analysis.mine import MinePaperSettings, UtterancePair, mine_paper
+from espnet_mamba.analysis.mutual_information import held_out_rows, mine_paper_rows
+from espnet_mamba.analysis.splits import shuffled_null, split_by_utterance
+from espnet_mamba.analysis.statistics import LayerFeatures
+
+FAST = BoundSettings(steps=300, batch_frames=192, check_frames=700, seeds=2, resamples=200)
+
+
+def gaussian(dim, nats, frames=40000, utts=40, seed=1):
+    """Return x, y (F, D) whose mutual information is ``nats``, and the utterance of each frame."""
+    generator = torch.Generator().manual_seed(seed)
+    rho = math.sqrt(1.0 - math.exp(-2.0 * nats / dim))
+    x = torch.randn(frames, dim, generator=generator)
+    y = rho * x + math.sqrt(1.0 - rho**2) * torch.randn(frames, dim, generator=generator)
+    return x, y, torch.arange(frames) // (frames // utts)
+
+
+@pytest.fixture(scope="module", params=[1, 20])
+def gaussian_bounds(request):
+    """Bounds of 0, 0.5 and 2 nats at once: three "layers" of one reference."""
+    data = [gaussian(request.param, nats) for nats in (0.0, 0.5, 2.0)]
+    return held_out_bounds(data[0][0], torch.stack([y for _, y, _ in data]), data[0][2], FAST)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(("layer", "nats"), [(1, 0.5), (2, 2.0)])
+def test_gaussians_within_15_percent(gaussian_bounds, estimator, layer, nats):
+    bound = gaussian_bounds[estimator][layer]
+    assert bound.value == pytest.approx(nats, rel=0.15)
+    assert bound.low <= bound.value <= bound.high < bound.ceiling
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_independent_data_gets_nothing(gaussian_bounds, estimator):
+    assert abs(gaussian_bounds[estimator][0].value) <= 0.05
+
+
+def test_scale_of_either_side_changes_nothing():
+    x, y, utts = gaussian(4, 1.0, frames=4000)
+    short = replace(FAST, steps=60, seeds=1)
+    plain = held_out_bounds(x, y[None], utts, short)
+    scaled = held_out_bounds(x * 1e-2 + 5.0, torch.stack([y * 1e3]), utts, short)
+    for estimator in ESTIMATORS:
+        assert scaled[estimator][0].value == pytest.approx(plain[estimator][0].value, abs=0.02)
+
+
+def test_bound_stays_below_its_ceiling_when_the_truth_is_infinite():
+    x, _, utts = gaussian(8, 0.0, frames=4000)
+    bounds = held_out_bounds(x, x[None].clone(), utts, replace(FAST, seeds=1))
+    for estimator in ESTIMATORS:
+        assert 2.0 < bounds[estimator][0].value <= bounds[estimator][0].ceiling
+
+
+def test_layers_estimated_together_or_alone_agree():
+    x, y, utts = gaussian(3, 1.0, frames=2000)
+    short = replace(FAST, steps=40)
+    together = held_out_bounds(x, torch.stack([y, y.flip(1)]), utts, short)
+    alone = held_out_bounds(x, y[None], utts, short)
+    again = held_out_bounds(x, y[None], utts, short)
+    other = held_out_bounds(x, y[None], utts, short, seed=1)
+    for estimator in ESTIMATORS:
+        assert alone[estimator] == again[estimator]
+        assert together[estimator][0].value == pytest.approx(alone[estimator][0].value, abs=1e-3)
+        assert other[estimator][0].value != alone[estimator][0].value
+
+
+def test_split_is_by_utterance_and_standardised_by_train_alone():
+    x, y, utts = gaussian(2, 1.0, frames=1000, utts=10)
+    parts = split_by_utterance(x * 7.0 + 3.0, y[None], utts, (0.2, 0.3), (999, 999), seed=0)
+    assert [part.num_utts for part in parts] == [5, 2, 3]
+    assert torch.allclose(parts[0].x.mean(0), torch.zeros(2), atol=1e-5)
+    assert torch.allclose(parts[0].x.std(0), torch.ones(2), atol=1e-5)
+    rows = torch.cat([part.y[0] for part in parts])
+    assert len(torch.unique(rows, dim=0)) == 1000  # every frame in one part
+
+
+def test_constant_dimension_is_left_out_and_nan_is_named():
+    x, y, utts = gaussian(2, 1.0, frames=1000, utts=10)
+    x[:, 1] = 4.0
+    assert torch.equal(split_by_utterance(x, y[None], utts, (0.2, 0.3), (99, 99), 0)[0].x[:, 1], torch.zeros(500))
+    y[3, 0] = torch.nan
+    with pytest.raises(ValueError, match="layer 0.*1 of 1000 frames"):
+        held_out_bounds(x, y[None], utts, FAST)
+    with pytest.raises(ValueError, match="at least 6"):
+        held_out_bounds(x, y.nan_to_num()[None], utts // 2, FAST)
+
+
+def test_null_pairs_every_frame_with_another_utterance():
+    utts = torch.tensor([0] * 5 + [1] * 3 + [2] * 4)
+    order = shuffled_null(utts)
+    assert (utts[order] != utts).all()
+    assert order[:5].tolist() == [5, 6, 7, 5, 6]
+
+
+def noise_pairs(dim, frames, utts=4, layers=1):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        UtterancePair(
+            f"u{i}",
+            torch.randn(frames, dim, generator=generator),
+            torch.randn(layers, frames, dim, generator=generator),
+        )
+        for i in range(utts)
+    ]
+
+
+def test_published_protocol_finds_nats_in_independent_noise():
+    """The published defect, reproduced: FACTS 6.1 gives 4.33 (sd 0.88) nats at 768 dimensions and 750 frames."""
+    value = mine_paper(noise_pairs(768, 750, utts=2), MinePaperSettings()).mean()
+    assert 3.0 < value < 6.0
+
+
+def test_published_protocol_trains_nothing_below_a_minibatch():
+    values = mine_paper(noise_pairs(16, 100), MinePaperSettings(epochs=3))
+    assert values.abs().max() < 0.05
+
+
+def test_published_protocol_in_a_batch_equals_one_by_one():
+    pairs = noise_pairs(12, 70, utts=3, layers=2) + [UtterancePair("long", *_long_pair())]
+    settings = MinePaperSettings(epochs=20, minibatch=32, learning_rate=1e-2)
+    together = mine_paper(pairs, settings)
+    backwards = mine_paper(pairs[::-1], replace(settings, problems_at_once=2)).flip(0)
+    alone = torch.cat([mine_paper([pair], settings) for pair in pairs])
+    assert torch.allclose(together, alone, atol=2e-3)
+    assert torch.allclose(together, backwards, atol=2e-3)
+    assert together.std() > 0.01
+
+
+def _long_pair():
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(150, 12, generator=generator), torch.randn(2, 150, 12, generator=generator)
+
+
+def test_published_protocol_agrees_with_a_plain_loop():
+    """One critic as the published script has it: torch modules, torch's Adam, a loop over minibatches."""
+    from espnet_mamba.analysis.critics import ConcatCritic
+    from espnet_mamba.analysis.mine import _draw_minibatches
+    from espnet_mamba.analysis.sampling import torch_generator
+
+    pair, settings = noise_pairs(6, 80, utts=1)[0], MinePaperSettings(epochs=10, minibatch=32, learning_rate=3e-3)
+    critic = ConcatCritic.create([torch_generator("critic", 0, pair.name, 0)], 6, 6, settings.hidden)
+    shapes = ((12, settings.hidden), (settings.hidden, settings.hidden), (settings.hidden, 1))
+    linears = [torch.nn.Linear(*shape) for shape in shapes]
+    weights = (torch.cat([critic.weight_x[0], critic.weight_y[0]]), critic.weight2[0], critic.weight3[0])
+    biases = (critic.bias1, critic.bias2, critic.bias3)
+    for linear, weight, bias in zip(linears, weights, biases, strict=True):
+        linear.weight.data, linear.bias.data = weight.T.clone(), bias.flatten().clone()
+    model = torch.nn.Sequential(linears[0], torch.nn.ReLU(), linears[1], torch.nn.ReLU(), linears[2])
+    optimiser = torch.optim.Adam(model.parameters(), settings.learning_rate)
+
+    def bound(x, y, order):
+        joint, marginal = model(torch.cat([x, y], 1)), model(torch.cat([x, y[order]], 1))
+        return joint.mean() - (torch.logsumexp(marginal, 0) - math.log(len(x))).squeeze()
+
+    for batch, order in zip(*_draw_minibatches(pair, settings, 0), strict=True):
+        optimiser.zero_grad()
+        (-bound(pair.x[batch], pair.y[0, batch], order)).backward()
+        optimiser.step()
+    order = torch.randperm(80, generator=torch_generator("value", 0, pair.name))
+    expected = bound(pair.x, pair.y[0], order).item()
+    assert mine_paper([pair], settings)[0, 0].item() == pytest.approx(expected, rel=0.02)
+
+
+def test_reused_critic_hangs_on_what_came_before():
+    pairs, settings = noise_pairs(8, 64, utts=2), MinePaperSettings(epochs=40, minibatch=32, learning_rate=1e-3)
+    reused = mine_paper(pairs, replace(settings, reuse_critic=True))
+    later_alone = mine_paper(pairs[1:], replace(settings, reuse_critic=True))
+    assert abs(reused[1] - later_alone[0]).item() > 1e-3
+
+
+def layer_features(utts=12, frames=90):
+    generator = torch.Generator().manual_seed(5)
+    base = torch.randn(utts * frames, 4, generator=generator)
+    noisy = base + torch.randn(utts * frames, 4, generator=generator)
+    wide = torch.cat([base, base], dim=1)
+    ids = torch.arange(utts).repeat_interleave(frames)
+    return LayerFeatures(["layer0", "layer1", "layer2"], [base, noisy, wide], [f"u{i}" for i in range(utts)], ids)
+
+
+def test_rows_say_what_was_measured():
+    features = layer_features()
+    reference = ("layer0", features.layers[0])
+    rows = held_out_rows("pretrained", features, reference, [1, 2], replace(FAST, steps=40, seeds=2), seed=0)
+    assert [(row.estimator, row.layer_name) for row in rows] == [
+        (estimator, layer) for estimator in ESTIMATORS for layer in ("layer1", "layer2")
+    ]
+    for row in rows:
+        assert row.unit == "nats" and row.num_seeds == 2 and row.seed_sd >= 0.0
+        assert row.null < 0.1 < row.value <= row.ceiling
+
+
+def test_short_utterances_are_left_out_of_the_published_protocol(capsys):
+    features = layer_features(utts=3)
+    settings, reference = MinePaperSettings(epochs=2, minibatch=64), ("layer0", features.layers[0])
+    rows = mine_paper_rows("random", features, reference, [1, 2], settings, 2, seed=0)
+    assert [row.num_utts for row in rows] == [2, 2]
+    assert rows[0].ceiling == pytest.approx(math.log(90))
+    assert mine_paper_rows("random", features, reference, [1], MinePaperSettings(), 2, seed=0) == []
+    assert "no utterance has 128 frames" in capsys.readouterr().out
