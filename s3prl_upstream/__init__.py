@@ -1,0 +1,10 @@
+"""The S3PRL face of the project: ``import s3prl_upstream`` makes the upstream ``mamba_hubert`` known to S3PRL.
+
+The import costs a few milliseconds: S3PRL itself is not imported, its hub is completed when somebody imports it.
+"""
+
+from espnet_mamba import offline
+from s3prl_upstream import hook
+
+offline.prepare()
+hook.install()
