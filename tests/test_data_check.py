@@ -95,7 +95,7 @@ def test_the_shortest_length_is_1040_samples(tmp_path):
 
 @pytest.fixture
 def corpus(tmp_path):
-    """A good corpus of three sets with two utterances each, phones and intents, names with spaces and accents."""
+    """A good corpus of three sets with two utterances each, phones, words, intents, names with spaces and accents."""
     for name in SETS:
         folder = tmp_path / "data" / name
         (folder / "wav files é").mkdir(parents=True)
@@ -106,6 +106,7 @@ def corpus(tmp_path):
             "text": "{0}-{1} WORD",
             "utt2spk": "{0}-{1} {0}",
             "phones.ctm": "{0}-{1} 1 0.0 0.5 sil\n{0}-{1} 1 0.5 0.5 AA",
+            "words.ctm": "{0}-{1} 1 0.5 0.5 WORD",
             "utt2intent": "{0}-{1} open door none two",
         }
         for table, line in lines.items():
@@ -135,6 +136,7 @@ def test_a_good_corpus_gives_the_same_ids_everywhere(corpus, capsys):
     assert [u.num_samples for u in utterances] == [16000, 32000]
     assert utterances[0].path == str(corpus.resolve() / "train" / "wav files é" / "1 ü.wav")
     assert list(read_ctm(dump / "train" / "phones.ctm")) == list(read_table(dump / "train" / "utt2intent"))
+    assert read_ctm(dump / "train" / "words.ctm") == dict.fromkeys(["train-1", "train-2"], [(0.5, 1.0, "WORD")])
     assert "train: 2 utterances, 0.001 h (0.1 min), 1 speakers, seconds min 1.00 median 1.50 max 2.00" in (
         capsys.readouterr().out
     )
@@ -143,8 +145,8 @@ def test_a_good_corpus_gives_the_same_ids_everywhere(corpus, capsys):
 
 def test_optional_tables_stay_optional(corpus):
     for name in SETS:
-        (corpus / name / "phones.ctm").unlink()
-        (corpus / name / "utt2intent").unlink()
+        for table in ("phones.ctm", "words.ctm", "utt2intent"):
+            (corpus / name / table).unlink()
     dump = check(corpus)
     assert sorted(path.name for path in (dump / "dev").iterdir()) == ["text", "utt2num_samples", "utt2spk", "wav.scp"]
 
@@ -169,6 +171,10 @@ BAD_UTTERANCES = {
     "audio without phones": (lambda c: remove(c, "phones.ctm", "train-2"), "no_phones.ctm", "train-2"),
     "phones beyond the end": (lambda c: add(c, "phones.ctm", "train-2 1 1.0 1.02 B"), "phone_times", "train-2"),
     "phones that overlap": (lambda c: add(c, "phones.ctm", "train-2 1 0.9 0.5 B"), "phone_times", "train-2"),
+    "words of unknown audio": (lambda c: add(c, "words.ctm", "ghost 1 0 1 BOO"), "no_audio", "ghost"),
+    "audio without words": (lambda c: remove(c, "words.ctm", "train-2"), "no_words.ctm", "train-2"),
+    "words beyond the end": (lambda c: add(c, "words.ctm", "train-2 1 1.0 1.02 B"), "word_times", "train-2"),
+    "words that overlap": (lambda c: add(c, "words.ctm", "train-2 1 0.9 0.5 B"), "word_times", "train-2"),
     "intent of three slots": (
         lambda c: (remove(c, "utt2intent", "train-2"), add(c, "utt2intent", "train-2 a b c")),
         "intent_slots",
@@ -201,7 +207,8 @@ def test_skip_leaves_it_out_and_lists_it(corpus, case):
     expected = ["train-1", "train-2"] if utt_id == "ghost" else ["train-1"]
     for table in ("wav.scp", "text", "utt2spk", "utt2num_samples", "utt2intent"):
         assert list(read_table(dump / "train" / table)) == expected
-    assert list(read_ctm(dump / "train" / "phones.ctm")) == expected
+    for table in ("phones.ctm", "words.ctm"):
+        assert list(read_ctm(dump / "train" / table)) == expected
     rejected = (dump / "train" / "rejected.tsv").read_text().splitlines()
     assert len(rejected) == 2 and rejected[1].startswith(f"{utt_id}\t{reason}\t")
 
@@ -231,13 +238,15 @@ def test_broken_tables_are_refused_under_both_policies_and_all_listed(corpus, ca
     add(corpus, "wav.scp", "train-1 other.wav")
     add(corpus, "text", "dev-1 AGAIN", "dev")
     add(corpus, "phones.ctm", "dev-1 1 AA", "dev")
+    add(corpus, "words.ctm", "dev-1 1 0.5 -0.5 A", "dev")
     add(corpus, "wav.scp", "test-3 sox a.mp3 -t wav - |", "test")
     (corpus / "test" / "utt2spk").unlink()
-    with pytest.raises(ValueError, match="5 problems in the tables"):
+    with pytest.raises(ValueError, match="6 problems in the tables"):
         check(corpus, policy)
     report = capsys.readouterr().err
-    for words in ("duplicate id 'train-1'", "duplicate id 'dev-1'", "phones.ctm:5", "is a pipe", "utt2spk: no such"):
+    for words in ("duplicate id 'train-1'", "duplicate id 'dev-1'", "phones.ctm:5", "words.ctm:3", "is a pipe"):
         assert words in report
+    assert "utt2spk: no such" in report
     assert not (corpus.parent / "dump").exists()
 
 
@@ -249,7 +258,7 @@ def test_a_missing_set_is_named(corpus, capsys):
 
 @pytest.mark.parametrize("policy", ["refuse", "skip"])
 def test_an_empty_set_is_refused(corpus, policy):
-    for table in ("wav.scp", "text", "utt2spk", "phones.ctm", "utt2intent"):
+    for table in ("wav.scp", "text", "utt2spk", "phones.ctm", "words.ctm", "utt2intent"):
         (corpus / "dev" / table).write_text("")
     with pytest.raises(ValueError, match="data/dev: no usable utterance"):
         check(corpus, policy)

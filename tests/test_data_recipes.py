@@ -11,11 +11,12 @@ import pytest
 import soundfile
 
 from espnet_mamba.data.import_folder import import_folder
-from espnet_mamba.data.kaldi import read_table
+from espnet_mamba.data.kaldi import read_ctm, read_table
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = ("train", "dev", "test")
 SO762 = ROOT.parent / "shared" / "data" / "so762_mini"
+TEXT_AND_WORDS = ((read_table, "text"), (read_ctm, "words.ctm"))
 
 
 @pytest.fixture
@@ -36,6 +37,7 @@ def corpus(tmp_path):
 def run(*command, **options):
     """Run a command with this interpreter as ``python`` and the checkout importable."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env["ESPNET_MAMBA_NO_SETUP"] = "1"  # whatever is run here installs nothing
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, env=env, **options)
 
 
@@ -53,6 +55,16 @@ def test_import_resolves_paths_and_stage_2_accepts_it(corpus, tmp_path):
     result = check(tmp_path / "data")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "dump" / "test" / "utt2num_samples").read_text() == "test-1 16000\n"
+
+
+def test_words_are_imported_checked_and_carried_to_the_dump(corpus, tmp_path, capsys):
+    for name in SETS:
+        (corpus / name / "words.ctm").write_text(f"{name}-1 1 0.2500 0.5000 HELLO\n")
+    import_folder(corpus, tmp_path / "data", SETS)
+    assert "train: 1 recordings, 1 speakers words.ctm" in capsys.readouterr().out
+    assert check(tmp_path / "data").returncode == 0
+    assert (tmp_path / "dump" / "dev" / "words.ctm").read_text() == "dev-1 1 0.2500 0.5000 HELLO\n"
+    import_folder(corpus, tmp_path / "data", SETS)  # words.ctm there is the package's own, no foreign file
 
 
 def test_the_corpus_folder_comes_before_the_set_folder(corpus, tmp_path):
@@ -130,6 +142,8 @@ def test_recorded_corpus_goes_through_stages_1_and_2(tmp_path):
     result = check(tmp_path / "data")
     assert result.returncode == 0, result.stderr
     assert "train: 600 utterances" in result.stdout and "30 speakers" in result.stdout
+    texts, words = (reader(tmp_path / "dump" / "train" / name) for reader, name in TEXT_AND_WORDS)
+    assert {utt_id: " ".join(segment.label for segment in rows) for utt_id, rows in words.items()} == texts
 
 
 @pytest.fixture
@@ -167,7 +181,8 @@ def test_new_recipe_says_what_to_write_until_edited_and_imports_a_folder(checkou
     result = run("local/data.sh", "--data_dir", "data", cwd=recipe)
     assert result.returncode == 2 and "edit it" in result.stderr and "--corpus_dir" in result.stderr
     text = run("local/data.sh", "--help", cwd=recipe).stdout
-    assert all(word in text for word in ("wav.scp", "text", "utt2spk", "phones.ctm", "utt2intent", "16 kHz, mono"))
+    assert all(word in text for word in ("wav.scp", "text", "utt2spk", "16 kHz, mono"))
+    assert all(word in text for word in ("phones.ctm", "words.ctm", "utt2intent"))
     result = run("local/data.sh", "--data_dir", "data", "--corpus_dir", corpus, "--minutes", 2, cwd=recipe)
     assert result.returncode == 0, result.stderr
     assert check(recipe / "data").returncode == 0

@@ -10,9 +10,9 @@ import soundfile
 
 from espnet_mamba.data.audio import read_audio
 from espnet_mamba.data.kaldi import read_ctm, read_table
-from espnet_mamba.data.synth.corpus import make_corpus, plan
+from espnet_mamba.data.synth.corpus import make_corpus, plan, word_segments
 from espnet_mamba.data.synth.grammar import NONE, SLOTS, TEMPLATES, VALUES, sentences, vocabulary
-from espnet_mamba.data.synth.phones import PHONES, phone_segments
+from espnet_mamba.data.synth.phones import PHONES, Phone, phone_segments
 from espnet_mamba.data.synth.speaker import Speaker, Speech
 from espnet_mamba.data.synth.voices import MAX_VOICES, voices_of_sets
 
@@ -158,27 +158,91 @@ def test_a_closure_goes_to_its_stop_and_a_pause_does_not():
     # Sound 0..1000, 40 ms of silence (882), a stop's burst at 1882; then a pause of 0.2 s that espeak reports itself.
     samples = np.zeros(8000, dtype=np.int16)
     samples[100:1000] = samples[1882:3000] = samples[7410:8000] = 5000
-    phones = [(100, "'aI"), (1882, "t"), (3000, "_:"), (7410, "k")]
-    segments = phone_segments(Speech(22050, samples, phones))
-    assert [(round(s.start * 22050), round(s.end * 22050), s.label) for s in segments] == [
-        (0, 100, "sil"),
-        (100, 1000, "AY"),
-        (1000, 3000, "T"),
-        (3000, 7410, "sil"),
-        (7410, 8000, "K"),
+    phones = [(100, "'aI", 0), (1882, "t", 2), (3000, "_:", 3), (7410, "k", 5)]
+    segments = phone_segments(Speech("i t, k", 22050, samples, phones))
+    assert [(round(s.start * 22050), round(s.end * 22050), s.label, s.word) for s in segments] == [
+        (0, 100, "sil", -1),
+        (100, 1000, "AY", 0),
+        (1000, 3000, "T", 1),
+        (3000, 7410, "sil", -1),
+        (7410, 8000, "K", 2),
     ]
 
 
 def test_an_unknown_mnemonic_is_named():
     with pytest.raises(ValueError, match="'q7' has no label"):
-        phone_segments(Speech(22050, np.zeros(100, dtype=np.int16), [(0, "q7")]))
+        phone_segments(Speech("a", 22050, np.zeros(100, dtype=np.int16), [(0, "q7", 0)]))
+
+
+def test_words_are_those_of_the_text_and_made_of_whole_phones(corpus):
+    joined = 0
+    for name in SETS:
+        texts, words = read_table(corpus / name / "text"), read_ctm(corpus / name / "words.ctm")
+        phones = read_ctm(corpus / name / "phones.ctm")
+        assert list(words) == list(texts)
+        for utt_id, segments in words.items():
+            assert " ".join(segment.label for segment in segments) == texts[utt_id]
+            joined += " IN THE " in texts[utt_id] or " OF THE " in texts[utt_id]
+            # Every phone lies in exactly one word, every sil in none, and a word begins and ends with a phone.
+            spoken = [phone for phone in phones[utt_id] if phone.label != "sil"]
+            inside = [[p for p in spoken if a < p.start + 1e-6 and p.end < b + 1e-6] for a, b, _ in segments]
+            assert sum(inside, []) == spoken
+            for segment, own in zip(segments, inside, strict=True):
+                assert (own[0].start, own[-1].end) == pytest.approx((segment.start, segment.end), abs=1e-6)
+                if segment.label in FIRST_AND_LAST:
+                    first, last = FIRST_AND_LAST[segment.label]
+                    assert own[0].label in first and own[-1].label in last, (utt_id, segment)
+    assert joined > 10
+
+
+# Words as every dialect speaks them; THE, IN and OF are those that espeak joins.
+FIRST_AND_LAST = {
+    "THE": ({"DH", "D"}, {"AX", "IH", "IY"}),
+    "IN": ({"IH"}, {"N"}),
+    "OF": ({"AH", "AA", "AX"}, {"V"}),
+    "PLEASE": ({"P"}, {"Z"}),
+    "NUMBER": ({"N"}, {"AXR", "AX", "R", "ER"}),
+    "KITCHEN": ({"K"}, {"N"}),
+    "STOP": ({"S"}, {"P"}),
+}
+
+
+def test_a_word_that_espeak_joined_begins_at_its_own_phone():
+    phones = [(0, "I", 0), (20, "n", 0), (40, "d", 0), (60, "@2", 0), (70, ";", 0), (80, "b", 7)]
+    segments = phone_segments(Speech("in the b", 100, np.full(100, 5000, dtype=np.int16), phones))
+    words = word_segments(segments, ["IN", "THE", "B"])
+    assert words == [(0, 0.4, "IN"), (0.4, 0.8, "THE"), (0.8, 1, "B")]
+
+
+@pytest.mark.parametrize(("text", "phones", "word"), [("in a", ["I", "n", "@"], "'a'"), ("the in", ["D"], "'in'")])
+def test_a_joined_word_that_cannot_be_told_apart_is_named(text, phones, word):
+    speech = Speech(text, 100, np.zeros(100, dtype=np.int16), [(at, name, 0) for at, name in enumerate(phones)])
+    with pytest.raises(ValueError, match=f"no phones for {word} alone"):
+        phone_segments(speech)
+
+
+def test_a_word_without_a_phone_is_named():
+    with pytest.raises(ValueError, match="word 2, DOOR, of 'OPEN DOOR'"):
+        word_segments([Phone(0, 1, "AA", 0), Phone(1, 2, "sil", -1)], ["OPEN", "DOOR"])
+
+
+def test_every_sentence_form_gives_its_words_in_every_voice():
+    made = sentences(len(TEMPLATES), "words", set())
+    with Speaker() as speaker:
+        for number, voice in enumerate(voice for voices in voices_of_sets(MAX_VOICES).values() for voice in voices):
+            for sentence in made[number % 4 :: 4]:  # a quarter each
+                speech = speaker.say(sentence.spoken.lower(), voice.name, voice.pitch, voice.rate)
+                words = word_segments(phone_segments(speech), sentence.text.split())
+                ends = [0.0, *(word.end for word in words)]
+                assert all(start < word.end and start <= word.start for start, word in zip(ends, words, strict=False))
 
 
 def test_every_voice_can_say_every_word():
     with Speaker() as speaker:
         for voice in (voice for voices in voices_of_sets(MAX_VOICES).values() for voice in voices):
             speech = speaker.say(" ".join(vocabulary()).lower(), voice.name, voice.pitch, voice.rate)
-            assert len(phone_segments(speech)) > 150
+            phones = phone_segments(speech)
+            assert len(phones) > 150 and {phone.word for phone in phones} >= set(range(len(vocabulary())))
             assert np.abs(speech.samples.astype(int)).max() > 5000
 
 

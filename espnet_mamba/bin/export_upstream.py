@@ -28,9 +28,8 @@ def main() -> None:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{args.out_dir}: {parameters} parameters, look-ahead {model.look_ahead_ms:g} ms")
     if args.check_set:
-        from s3prl_upstream.check import check_upstream
-
         from espnet_mamba.data.manifest import read_manifest
+        from s3prl_upstream.check import check_upstream
 
         wavs = [Path(utterance.path) for utterance in read_manifest(args.check_set)[:3]]
         for folder in filter(None, (args.out_dir, args.random_dir)):

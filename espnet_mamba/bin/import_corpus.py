@@ -1,4 +1,4 @@
-"""Import a Kaldi-style corpus folder ({train,dev,test}/{wav.scp,text,utt2spk[,phones.ctm][,utt2intent]})."""
+"""Import a Kaldi-style folder ({train,dev,test}/{wav.scp,text,utt2spk[,phones.ctm][,words.ctm][,utt2intent]})."""
 
 from __future__ import annotations
 

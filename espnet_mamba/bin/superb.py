@@ -1,4 +1,4 @@
-"""Train and test a SUPERB head (intents or speakers) on frozen upstreams and on filterbanks."""
+"""Train and test a SUPERB head (keywords, intents or speakers) on frozen upstreams and on filterbanks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m espnet_mamba.bin.superb", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="options of S3PRL's problems, conf/superb/*.yaml")
     parser.add_argument(
-        "--task", default="auto", help="ic, sid, or auto: ic when the sets have utt2intent (default: %(default)s)"
+        "--task",
+        default="auto",
+        help="ks, ic, sid, or auto: ks when the sets have words.ctm, else ic when they have utt2intent, else sid "
+        "(default: %(default)s)",
     )
     parser.add_argument("--dump_dir", type=Path, required=True, help="folder of checked sets, dump/raw")
     parser.add_argument("--out_dir", type=Path, required=True, help="receives data/ and one folder per system")
@@ -34,7 +37,7 @@ def get_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Parse the command line, run the task, and print the accuracies."""
     args = get_parser().parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread per system: more would only wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"  # here only lists are made; each system gets its share of the cores
 
     from espnet_mamba.asr.systems import parse_systems
     from s3prl_upstream.superb_run import run_systems

@@ -1,4 +1,4 @@
-"""Make the mini recipe's spoken corpus with espeak-ng: commands, intents and true phone times."""
+"""Make the mini recipe's spoken corpus with espeak-ng: commands, intents and true times of phones and words."""
 
 from __future__ import annotations
 

@@ -9,9 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from espnet_mamba.data.audio import SAMPLE_RATE
-from espnet_mamba.data.tables import OPTIONAL, SetTables
+from espnet_mamba.data.tables import ALIGNMENTS, OPTIONAL, SetTables
 
-# Alignments are made in 10 ms steps, so a last phone may pass the end of the audio by up to one of them.
+# Alignments are made in 10 ms steps, so a last phone or word may pass the end of the audio by up to one of them.
 CTM_TOLERANCE_SECONDS = 0.0101
 
 
@@ -32,7 +32,7 @@ def compare_ids(tables: SetTables, folder: Path) -> list[BadItem]:
     """Return an item for every id that wav.scp has and another table has not, or the other way round."""
     bad = []
     others: list[tuple[str, Mapping[str, object] | None]] = [("text", tables.texts), ("utt2spk", tables.speakers)]
-    others += [("utt2intent", tables.intents), ("phones.ctm", tables.phones)]
+    others += [("utt2intent", tables.intents), *tables.alignments.items()]
     for name, table in others:
         if table is None:
             continue
@@ -51,23 +51,25 @@ def compare_ids(tables: SetTables, folder: Path) -> list[BadItem]:
     return bad
 
 
-def compare_phone_times(tables: SetTables, folder: Path, num_samples: dict[str, int]) -> list[BadItem]:
-    """Return an item for every alignment that goes on after its audio has ended."""
+def compare_times(tables: SetTables, folder: Path, num_samples: dict[str, int]) -> list[BadItem]:
+    """Return an item for every alignment, of phones or words, that overlaps itself or outlasts its audio."""
     bad = []
-    for utt_id, segments in (tables.phones or {}).items():
+    rows = [(name, utt_id, rows) for name, table in tables.alignments.items() for utt_id, rows in table.items()]
+    for name, utt_id, segments in rows:
         if utt_id not in num_samples:
             continue
+        label = ALIGNMENTS[name]
         length = num_samples[utt_id] / SAMPLE_RATE
         end = max(segment.end for segment in segments)
         overlap = max((a.end - b.start for a, b in pairwise(segments)), default=0.0)
         if end > length + CTM_TOLERANCE_SECONDS:
-            value, limit = f"a phone ends at {end:.3f} s", f"{length:.3f} s of audio"
+            value, limit = f"a {label} ends at {end:.3f} s", f"{length:.3f} s of audio"
         elif overlap > CTM_TOLERANCE_SECONDS:
-            value, limit = f"phones overlap by {overlap:.3f} s", "0.010 s"
+            value, limit = f"{label}s overlap by {overlap:.3f} s", "0.010 s"
         else:
             continue
         remedy = "align this recording again"
-        bad.append(BadItem(tables.name, utt_id, "phone_times", str(folder / "phones.ctm"), value, limit, remedy))
+        bad.append(BadItem(tables.name, utt_id, f"{label}_times", str(folder / name), value, limit, remedy))
     return bad
 
 

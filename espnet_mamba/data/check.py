@@ -12,7 +12,7 @@ from pathlib import Path
 
 from espnet_mamba.data.audio import SAMPLE_RATE, AudioError
 from espnet_mamba.data.audio_check import FRAME_SAMPLES, MIN_SAMPLES, check_many
-from espnet_mamba.data.bad_items import BadItem, compare_ids, compare_phone_times, count_slots, format_bad_items
+from espnet_mamba.data.bad_items import BadItem, compare_ids, compare_times, count_slots, format_bad_items
 from espnet_mamba.data.folders import replaced_folders
 from espnet_mamba.data.tables import SetTables, read_set, write_set
 
@@ -93,7 +93,7 @@ def _check_set(tables: SetTables, folder: Path, nj: int, min_samples: int) -> Ch
             )
         else:
             num_samples[utt_id] = result
-    bad += compare_phone_times(tables, folder, num_samples)
+    bad += compare_times(tables, folder, num_samples)
     bad += count_slots(tables, folder)
     return CheckedSet(tables, num_samples, sorted(bad, key=lambda item: (item.utt_id, item.place)))
 
@@ -107,7 +107,7 @@ def _without_bad(one: CheckedSet) -> CheckedSet:
         wavs={utt_id: one.tables.wavs[utt_id] for utt_id in good},
         texts={utt_id: one.tables.texts[utt_id] for utt_id in good},
         speakers={utt_id: one.tables.speakers[utt_id] for utt_id in good},
-        phones=None if one.tables.phones is None else {utt_id: one.tables.phones[utt_id] for utt_id in good},
+        alignments={name: {utt_id: table[utt_id] for utt_id in good} for name, table in one.tables.alignments.items()},
         intents=None if one.tables.intents is None else {utt_id: one.tables.intents[utt_id] for utt_id in good},
     )
     return CheckedSet(tables, {utt_id: one.num_samples[utt_id] for utt_id in good}, one.bad)

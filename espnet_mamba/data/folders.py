@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SYNTH_RECORD = "synth.json"
-TABLE_NAMES = ("wav.scp", "text", "utt2spk", "spk2utt", "phones.ctm", "utt2intent", "utt2num_samples")
+TABLE_NAMES = ("wav.scp", "text", "utt2spk", "spk2utt", "phones.ctm", "words.ctm", "utt2intent", "utt2num_samples")
 
 
 @contextmanager

@@ -32,5 +32,5 @@ def import_folder(corpus_dir: str | Path, data_dir: str | Path, sets: Sequence[s
         for tables in read:
             write_set(tables, folders[tables.name])
     for tables in read:
-        extras = [name for name, table in (("phones.ctm", tables.phones), ("utt2intent", tables.intents)) if table]
+        extras = [name for name, table in (*tables.alignments.items(), ("utt2intent", tables.intents)) if table]
         print(f"{tables.name}: {len(tables.wavs)} recordings, {len(set(tables.speakers.values()))} speakers", *extras)

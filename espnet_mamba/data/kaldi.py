@@ -1,4 +1,4 @@
-"""Kaldi's text tables: ``wav.scp``, ``text``, ``utt2spk`` (one ``id value`` a line) and ``phones.ctm``."""
+"""Kaldi's text tables: ``wav.scp``, ``text``, ``utt2spk`` (one ``id value`` a line); phones.ctm and words.ctm."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of one raw set, ``data/<set>/{wav.scp,text,utt2spk[,phones.ctm][,utt2intent]}``, and what is wrong."""
+"""A raw set's tables, ``data/<set>/{wav.scp,text,utt2spk[,phones.ctm][,words.ctm][,utt2intent]}``, and faults."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from pathlib import Path
 from espnet_mamba.data.kaldi import Segment, scan_ctm, scan_table, write_ctm, write_table
 
 REQUIRED = ("wav.scp", "text", "utt2spk")
-OPTIONAL = ("phones.ctm", "utt2intent")
+# What one line of each is about.
+ALIGNMENTS = {"phones.ctm": "phone", "words.ctm": "word"}
+OPTIONAL = (*ALIGNMENTS, "utt2intent")
 
 
 @dataclass
 class SetTables:
-    """One set as it was read. ``wavs`` has resolved paths; ``problems`` are whole-table faults, one line each."""
+    """One set as it was read. ``wavs`` has resolved paths; ``problems`` are whole-table faults, one line each.
+
+    ``alignments`` holds those of ALIGNMENTS that are there, by file name, each utterance -> segments in time order.
+    """
 
     name: str
     wavs: dict[str, str] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
     speakers: dict[str, str] = field(default_factory=dict)
-    phones: dict[str, list[Segment]] | None = None
+    alignments: dict[str, dict[str, list[Segment]]] = field(default_factory=dict)
     intents: dict[str, str] | None = None
     unsorted: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -55,7 +60,8 @@ def read_set(folder: str | Path, roots: Sequence[str | Path]) -> SetTables:
     tables.texts = loaded.get("text", {})
     tables.speakers = loaded.get("utt2spk", {})
     tables.intents = loaded.get("utt2intent")
-    _read_phones(tables, folder / "phones.ctm")
+    for name in ALIGNMENTS:
+        _read_alignment(tables, folder / name)
     return tables
 
 
@@ -72,11 +78,11 @@ def _resolve(tables: SetTables, table: Path, utt_id: str, value: str, roots: Seq
     tables.wavs[utt_id] = str(next((path for path in candidates if path.is_file()), candidates[0]))
 
 
-def _read_phones(tables: SetTables, path: Path) -> None:
+def _read_alignment(tables: SetTables, path: Path) -> None:
     if not path.is_file():
         return
     try:
-        tables.phones, problems = scan_ctm(path)
+        tables.alignments[path.name], problems = scan_ctm(path)
     except ValueError as error:
         problems = [str(error)]
     tables.problems += problems
@@ -89,7 +95,7 @@ def write_set(tables: SetTables, folder: Path, with_samples: dict[str, int] | No
     for name, table in (("text", tables.texts), ("utt2spk", tables.speakers), ("utt2intent", tables.intents)):
         if table is not None:
             write_table(folder / name, {utt_id: table[utt_id] for utt_id in sorted(table)})
-    if tables.phones is not None:
-        write_ctm(folder / "phones.ctm", {utt_id: tables.phones[utt_id] for utt_id in sorted(tables.phones)})
+    for name, segments in tables.alignments.items():
+        write_ctm(folder / name, {utt_id: segments[utt_id] for utt_id in sorted(segments)})
     if with_samples is not None:
         write_table(folder / "utt2num_samples", {utt_id: str(with_samples[utt_id]) for utt_id in ids})

@@ -24,7 +24,7 @@ seed=0                 # Seed of everything that draws.
 
 # Where
 corpus=                # Name in folder names; by default the recipe's, or --corpus_dir's.
-corpus_dir=            # A Kaldi-style folder {train,dev,test}/{wav.scp,text,utt2spk[,phones.ctm]} to use instead.
+corpus_dir=            # A Kaldi-style folder {train,dev,test}/{wav.scp,text,utt2spk[,phones.ctm,words.ctm]} to use instead.
 datadir=               # Raw lists; by default data, or data_<corpus> with --corpus_dir.
 dumpdir=               # Checked lists; by default dump, or dump_<corpus> with --corpus_dir.
 expdir=exp             # Experiments.
@@ -49,7 +49,7 @@ decode_config=decode   # A file of conf/asr.
 nbpe=60                # Sentencepiece tokens.
 asr_args=              # More options for ESPnet's training, such as "--max_epoch 2".
 superb_config=tiny     # A file of conf/superb.
-superb_task=auto       # ic, sid, or auto: ic where intents are known, else sid.
+superb_task=auto       # ks, ic, sid, or auto: ks where word times are known, else ic with intents, else sid.
 superb_args=           # More options for the SUPERB command.
 
 # Analysis and efficiency (stages 11, 12)

@@ -1,4 +1,4 @@
-"""The spoken corpus of the mini recipe: made on the spot, the same bytes every time, phone times known."""
+"""The spoken corpus of the mini recipe: made on the spot, the same bytes every time, phone and word times known."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import queue
 import zlib
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from espnet_mamba.data.files import write_json
 from espnet_mamba.data.folders import SYNTH_RECORD, refuse_foreign_files, replaced_folders
 from espnet_mamba.data.kaldi import Segment, write_ctm, write_table
 from espnet_mamba.data.synth.grammar import Sentence, sentences
+from espnet_mamba.data.synth.phones import Phone
 from espnet_mamba.data.synth.room import record
 from espnet_mamba.data.synth.speaker import Speaker
 from espnet_mamba.data.synth.voices import Voice, voices_of_sets
@@ -47,6 +49,7 @@ class Spoken:
 
     num_samples: int
     phones: list[Segment]
+    words: list[Segment]
     digest: str
 
 
@@ -77,7 +80,7 @@ def plan(minutes: float, num_voices: int, seed: int) -> dict[str, list[Job]]:
 
 
 def speak(job: Job, speaker: Speaker, path: Path) -> Spoken:
-    """Speak one utterance, write it as 16-bit FLAC to ``path`` and return its length, phones and digest."""
+    """Speak one utterance, write it as 16-bit FLAC to ``path`` and return its length, phones, words and digest."""
     # Seeded by its own name: the same whichever helper speaks it and whatever was spoken before.
     rng = np.random.default_rng([job.seed, zlib.crc32(job.utt_id.encode())])
     pitch = job.voice.pitch + int(rng.integers(-PITCH_SPREAD, PITCH_SPREAD + 1))
@@ -86,11 +89,25 @@ def speak(job: Job, speaker: Speaker, path: Path) -> Spoken:
     speech = speaker.say(job.sentence.spoken.lower(), job.voice.name, pitch, rate)
     samples, phones = record(speech, rng)
     soundfile.write(path, samples, SAMPLE_RATE, subtype="PCM_16", format="FLAC")
-    return Spoken(len(samples), phones, hashlib.sha256(samples.astype("<i2").tobytes()).hexdigest())
+    segments = [Segment(phone.start, phone.end, phone.label) for phone in phones]
+    digest = hashlib.sha256(samples.astype("<i2").tobytes()).hexdigest()
+    return Spoken(len(samples), segments, word_segments(phones, job.sentence.text.split()), digest)
+
+
+def word_segments(phones: Sequence[Phone], words: Sequence[str]) -> list[Segment]:
+    """Return each of ``words`` from the start of its first phone to the end of its last; ValueError if it has none."""
+    segments = []
+    for index, word in enumerate(words):
+        own = [phone for phone in phones if phone.word == index]
+        if not own:
+            raise ValueError(f"word {index + 1}, {word}, of {' '.join(words)!r} was spoken without a phone")
+        segments.append(Segment(own[0].start, own[-1].end, word))
+    return segments
 
 
 def make_corpus(out_dir: str | Path, minutes: float = 25.0, num_voices: int = 20, seed: int = 0, nj: int = 1) -> None:
-    """Write ``out_dir/{train,dev,test}`` with wav/, wav.scp, text, utt2spk, utt2intent, phones.ctm and synth.json.
+    """Write ``out_dir/{train,dev,test}`` with wav/, wav.scp, text, utt2spk, utt2intent, phones.ctm, words.ctm
+    and synth.json.
 
     The result depends on ``minutes``, ``num_voices`` and ``seed``, not on ``nj``. ValueError when espeak cannot speak
     or a set folder holds files of the user's; ``out_dir`` is then as it was.
@@ -134,6 +151,7 @@ def _write_tables(
     write_table(folder / "utt2spk", {job.utt_id: job.voice.speaker for job in jobs})
     write_table(folder / "utt2intent", {job.utt_id: " ".join(job.sentence.intent) for job in jobs})
     write_ctm(folder / "phones.ctm", {job.utt_id: spoken[job.utt_id].phones for job in jobs})
+    write_ctm(folder / "words.ctm", {job.utt_id: spoken[job.utt_id].words for job in jobs})
     digest = hashlib.sha256("".join(spoken[job.utt_id].digest for job in jobs).encode()).hexdigest()
     versions = {"espeakng-loader": importlib.metadata.version("espeakng-loader")}
     write_json(folder / SYNTH_RECORD, {**settings, "versions": versions, "samples_sha256": digest})

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from espnet_mamba.data.alignment import SILENCE
-from espnet_mamba.data.kaldi import Segment
 from espnet_mamba.data.synth.speaker import Speech
+from espnet_mamba.data.synth.words import NO_WORD, words_of_phones
 
 # ARPAbet where it has a letter; AAR AOR EHR are the vowels of START, NORTH and SQUARE, rhotic or not by dialect.
 PHONES: dict[str, str] = {
@@ -27,15 +29,24 @@ QUIET = 12
 LONGEST_CLOSURE_SECONDS = 0.08
 
 
-def phone_segments(speech: Speech) -> list[Segment]:
+class Phone(NamedTuple):
+    """A phone in seconds; ``word`` is the index of its word in the text, NO_WORD for ``sil``."""
+
+    start: float
+    end: float
+    label: str
+    word: int
+
+
+def phone_segments(speech: Speech) -> list[Phone]:
     """Return segments that cover the whole of ``speech`` without gap or overlap, pauses as ``sil``.
 
     espeak reports a phone where its sound begins, so that the silent closure of a stop (about 40 to 50 ms) would
     count as the end of the phone before it: each boundary is moved back to where that silence begins. ValueError
-    names a mnemonic that PHONES does not have.
+    names a mnemonic that PHONES does not have, or a word without phones of its own.
     """
-    starts, labels = [0], [SILENCE]
-    for sample, mnemonic in speech.phones:
+    starts, labels, words = [0], [SILENCE], [NO_WORD]
+    for (sample, mnemonic, _), word in zip(speech.phones, words_of_phones(speech), strict=True):
         name = mnemonic.lstrip(STRESS_MARKS)
         if name in SOUNDLESS:
             continue
@@ -46,10 +57,11 @@ def phone_segments(speech: Speech) -> list[Segment]:
             sample -= closure_samples(speech, starts[-1], sample)
         starts.append(min(sample, len(speech.samples)))
         labels.append(label)
+        words.append(word)
     ends = [*starts[1:], len(speech.samples)]
     segments = [
-        Segment(start / speech.rate, end / speech.rate, label)
-        for start, end, label in zip(starts, ends, labels, strict=True)
+        Phone(start / speech.rate, end / speech.rate, label, NO_WORD if label == SILENCE else word)
+        for start, end, label, word in zip(starts, ends, labels, words, strict=True)
         if end > start
     ]
     return _join_silences(segments)
@@ -62,11 +74,11 @@ def closure_samples(speech: Speech, earliest: int, start: int) -> int:
     return silent if silent <= LONGEST_CLOSURE_SECONDS * speech.rate else 0
 
 
-def _join_silences(segments: list[Segment]) -> list[Segment]:
-    joined: list[Segment] = []
+def _join_silences(segments: list[Phone]) -> list[Phone]:
+    joined: list[Phone] = []
     for segment in segments:
         if joined and joined[-1].label == segment.label == SILENCE:
-            joined[-1] = Segment(joined[-1].start, segment.end, SILENCE)
+            joined[-1] = joined[-1]._replace(end=segment.end)
         else:
             joined.append(segment)
     return joined

@@ -7,9 +7,9 @@ from scipy.signal import lfilter, resample_poly
 
 from espnet_mamba.data.alignment import SILENCE
 from espnet_mamba.data.audio import SAMPLE_RATE
-from espnet_mamba.data.kaldi import Segment
-from espnet_mamba.data.synth.phones import phone_segments
+from espnet_mamba.data.synth.phones import Phone, phone_segments
 from espnet_mamba.data.synth.speaker import Speech
+from espnet_mamba.data.synth.words import NO_WORD
 
 # 1 ms: lengths and phone times are whole multiples of it, so that phones.ctm is exact to its last digit.
 TICK = SAMPLE_RATE // 1000
@@ -18,7 +18,7 @@ LEVEL_DB, SNR_DB = (-28.0, -20.0), (20.0, 35.0)
 LARGEST_PEAK = 0.95
 
 
-def record(speech: Speech, rng: np.random.Generator) -> tuple[np.ndarray, list[Segment]]:
+def record(speech: Speech, rng: np.random.Generator) -> tuple[np.ndarray, list[Phone]]:
     """Return int16 samples (S,) at 16 kHz and the phones that cover them, the first and the last ``sil``."""
     lead, trail = (int(rng.integers(low, high)) * TICK for low, high in (LEAD_MS, TRAIL_MS))
     # Polyphase filtering has no delay: a time in seconds means the same before and after.
@@ -42,9 +42,9 @@ def _noise(length: int, rng: np.random.Generator) -> np.ndarray:
     return noise / _rms(noise)
 
 
-def _shift(speech: Speech, lead: int, length: int) -> list[Segment]:
+def _shift(speech: Speech, lead: int, length: int) -> list[Phone]:
     """Return the phones of ``speech`` moved by ``lead`` samples, in whole ms, stretched at both ends to ``length``."""
-    inner = [segment for segment in phone_segments(speech)]
+    inner = phone_segments(speech)
     if inner[0].label == SILENCE:
         inner = inner[1:]
     if inner[-1].label == SILENCE:
@@ -53,4 +53,5 @@ def _shift(speech: Speech, lead: int, length: int) -> list[Segment]:
     starts.append(round(inner[-1].end + lead / SAMPLE_RATE, 3))
     ends = [*starts[1:], length / SAMPLE_RATE]
     labels = [SILENCE, *(segment.label for segment in inner), SILENCE]
-    return [Segment(*row) for row in zip(starts, ends, labels, strict=True) if row[1] > row[0]]
+    words = [NO_WORD, *(segment.word for segment in inner), NO_WORD]
+    return [Phone(*row) for row in zip(starts, ends, labels, words, strict=True) if row[1] > row[0]]

@@ -18,11 +18,15 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @dataclass(frozen=True)
 class Speech:
-    """What espeak said: ``samples`` int16 at ``rate`` a second, and the sample at which each phone begins."""
+    """What espeak said of ``text``: ``samples`` int16 at ``rate`` a second, and its phones.
 
+    A phone is the sample at which it begins, espeak's mnemonic, and the place in ``text`` where its word begins.
+    """
+
+    text: str
     rate: int
     samples: np.ndarray
-    phones: list[tuple[int, str]]
+    phones: list[tuple[int, str, int]]
 
 
 class Speaker:
@@ -58,7 +62,7 @@ class Speaker:
         if "error" in answer:
             raise ValueError(answer["error"])
         samples = np.frombuffer(from_helper.read(answer["num_bytes"]), dtype="<i2")
-        return Speech(answer["rate"], samples, [(start, name) for start, name in answer["phones"]])
+        return Speech(text, answer["rate"], samples, [(start, name, place) for start, name, place in answer["phones"]])
 
     def __enter__(self) -> Speaker:
         return self

@@ -1,7 +1,8 @@
 """The helper process that speaks: it alone loads espeak-ng (GPL), by ctypes; ``python -m`` it, never import it.
 
 One JSON request a line on stdin, ``{text, voice, pitch, rate}``; for each, one JSON line on stdout,
-``{rate, num_bytes, phones}`` or ``{error}``, then ``num_bytes`` of 16-bit samples. ``phones`` are [sample, mnemonic].
+``{rate, num_bytes, phones}`` or ``{error}``, then ``num_bytes`` of 16-bit samples. ``phones`` are
+[sample, mnemonic, place], the place where the phone's word begins in the text, in characters from 0.
 
 espeak keeps state from one utterance to the next and its output bytes with it. Each utterance is therefore spoken by a
 fresh child of this process, which has not loaded the library itself: 10 ms instead of the 0.1 s of a new interpreter.
@@ -43,8 +44,8 @@ class _Event(ctypes.Structure):
 _Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
 
 
-def speak(library: str, data: str, request: dict[str, Any]) -> tuple[int, bytes, list[tuple[int, str]]]:
-    """Load the library and speak one request; return (samples a second, 16-bit samples, [(sample, mnemonic)])."""
+def speak(library: str, data: str, request: dict[str, Any]) -> tuple[int, bytes, list[tuple[int, str, int]]]:
+    """Load the library and speak one request; return (samples a second, 16-bit samples, phones as above)."""
     espeak = ctypes.CDLL(library)
     rate = espeak.espeak_Initialize(SYNCHRONOUS, 0, os.fsencode(data), PHONEME_EVENTS)
     if rate <= 0:
@@ -54,17 +55,19 @@ def speak(library: str, data: str, request: dict[str, Any]) -> tuple[int, bytes,
     espeak.espeak_SetParameter(RATE, request["rate"], 0)
     espeak.espeak_SetParameter(PITCH, request["pitch"], 0)
     samples = bytearray()
-    phones: list[tuple[int, str]] = []
+    phones: list[tuple[int, str, int]] = []
 
     def receive(wave: Any, count: int, events: Any) -> int:
         if count > 0:
             samples.extend(ctypes.string_at(wave, 2 * count))
         index = 0
         while events[index].type != EVENT_END:
-            if events[index].type == EVENT_PHONEME:
+            event = events[index]
+            if event.type == EVENT_PHONEME:
                 # Eight bytes without a closing zero when the mnemonic is that long.
-                raw = ctypes.string_at(ctypes.addressof(events[index].id), 8)
-                phones.append((events[index].sample, raw.split(b"\0")[0].decode("utf-8", "replace")))
+                raw = ctypes.string_at(ctypes.addressof(event.id), 8)
+                mnemonic = raw.split(b"\0")[0].decode("utf-8", "replace")
+                phones.append((event.sample, mnemonic, event.text_position - 1))
             index += 1
         return 0
 

@@ -9,6 +9,8 @@
 #   utt2spk     id speaker         who speaks; test speakers should not be in train
 #   phones.ctm  id 1 start duration phone      optional; seconds, one line per phone, silence is `sil`:
 #                                  gives phone purity of targets and of layers
+#   words.ctm   id 1 start duration WORD       optional; seconds, one line per word of text, in its order and
+#                                  spelling; pauses are left out: gives examples of single words
 #   utt2intent  id action object place number  optional; one token per slot, `none` where a slot is absent:
 #                                  gives the intent head
 #
