@@ -8,3 +8,8 @@ from s3prl_upstream import hook
 
 offline.prepare()
 hook.install()
+
+
+def preload() -> None:
+    """Import S3PRL now, so that processes forked later share it."""
+    import s3prl.nn  # noqa: F401

@@ -30,6 +30,7 @@ from s3prl_upstream.rng import rng_preserved  # noqa: E402
 PREDICTIONS = "predictions.json"  # {utterance: {"prediction": ..., "label": ...}}, written by the test
 SPLITS = ("train", "valid", "test")
 AUDIO_BYTES = 2**30  # a data set's audio is held in memory up to this size
+GAIN_DB = -3.0  # SUPERB's for keywords
 
 
 class _WritesPredictions:
@@ -58,7 +59,7 @@ class _IntentTask(_WritesPredictions, UtteranceMultiClassClassificationTask):
         return super().reduction(_mode, cached_results, _dump_dir) | {"slot_accuracy": sum(slots) / len(slots)}
 
 
-class _SpeakerTask(_WritesPredictions, UtteranceClassificationTask):
+class _LabelTask(_WritesPredictions, UtteranceClassificationTask):
     pass
 
 
@@ -113,7 +114,49 @@ class SuperbIC(_OnLists, problem.SuperbIC):
 class SuperbSID(_OnLists, problem.SuperbSID):
     """Speaker identification. csv: id, wav_path, label."""
 
-    task_class = _SpeakerTask
+    task_class = _LabelTask
 
 
-PROBLEMS = {"ic": SuperbIC, "sid": SuperbSID}
+class _Quieter:
+    """A data set at GAIN_DB: what sox's ``gain`` does, which clips first, without sox."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.dataset[index]
+        return item | {"x": item["x"].clamp(-1.0, 1.0) * 10 ** (GAIN_DB / 20)}
+
+
+class _WithoutSox:
+    """In front of ``SuperbKS``: no libsox, and every example of the valid split once, as in the test."""
+
+    def default_config(self) -> dict[str, Any]:
+        """Return the problem's defaults without sox effects."""
+        return super().default_config() | {"build_dataset": {}}  # type: ignore[misc]
+
+    def build_dataset(self, *args: Any, **kwargs: Any) -> _Quieter:
+        """Return the problem's data set, which cuts ``start_sec`` to ``end_sec`` out, with the gain done here."""
+        return _Quieter(super().build_dataset(*args, **kwargs))  # type: ignore[misc]
+
+    def build_batch_sampler(
+        self, build_batch_sampler: dict[str, Any], target_dir: str, cache_dir: str, mode: str, *rest: Any, **named: Any
+    ) -> Any:
+        """Return S3PRL's class-balanced sampler for training only: it draws a random part of a small valid split."""
+        if mode == "valid":
+            build_batch_sampler, mode = build_batch_sampler | {"test": build_batch_sampler.get("valid")}, "test"
+        return super().build_batch_sampler(  # type: ignore[misc]
+            build_batch_sampler, target_dir, cache_dir, mode, *rest, **named
+        )
+
+
+class SuperbKS(_OnLists, _WithoutSox, problem.SuperbKS):
+    """Keyword spotting. csv: id, wav_path, label, start_sec, end_sec."""
+
+    task_class = _LabelTask
+
+
+PROBLEMS = {"ks": SuperbKS, "ic": SuperbIC, "sid": SuperbSID}

@@ -9,23 +9,36 @@ from pathlib import Path
 from espnet_mamba.data.files import atomic_path
 from espnet_mamba.data.kaldi import read_table
 from espnet_mamba.data.manifest import Utterance, read_manifest
+from s3prl_upstream.superb_keywords import WORDS, KeywordOptions, keyword_rows
 
 SETS = {"train": "train", "valid": "dev", "test": "test"}  # S3PRL's name of a split: ours
-TASKS = ("auto", "ic", "sid")
+TASKS = ("auto", "ks", "ic", "sid")
+NEEDED = {"ks": WORDS, "ic": "utt2intent"}  # what each set must have
 
 
 def choose_task(task: str, dump_dir: Path) -> str:
-    """Return the task for ``auto``: intents when every set has them, else speakers. ValueError for an unknown task."""
+    """Return the task for ``auto``: keywords when every set has the times of its words, else intents when every set
+    has them, else speakers. ValueError for an unknown task.
+    """
     if task not in TASKS:
         raise ValueError(f"--task {task}: one of {', '.join(TASKS)}")
     if task != "auto":
         return task
-    return "ic" if all((dump_dir / name / "utt2intent").is_file() for name in SETS.values()) else "sid"
+    for name, table in NEEDED.items():
+        if all((dump_dir / folder / table).is_file() for folder in SETS.values()):
+            return name
+    return "sid"
 
 
-def write_lists(task: str, dump_dir: Path, out_dir: Path) -> dict[str, int]:
-    """Write ``{train,valid,test}.csv`` of ``task`` into ``out_dir`` and return the number of utterances of each."""
-    fields, rows = _intent_rows(dump_dir) if task == "ic" else _speaker_rows(dump_dir)
+def write_lists(task: str, dump_dir: Path, out_dir: Path, keywords: KeywordOptions | None = None) -> dict[str, int]:
+    """Write ``{train,valid,test}.csv`` of ``task`` into ``out_dir`` and return the number of examples of each.
+
+    An example is a word for ``ks``, cut out as ``keywords`` says, and an utterance for the others.
+    """
+    if task == "ks":
+        fields, rows = keyword_rows(dump_dir, SETS, keywords or KeywordOptions())
+    else:
+        fields, rows = _intent_rows(dump_dir) if task == "ic" else _speaker_rows(dump_dir)
     for split, lines in rows.items():
         if not lines:
             raise ValueError(f"{dump_dir}: no utterance for the {split} split of {task}; give a larger corpus")

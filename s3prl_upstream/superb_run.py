@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
 import shutil
@@ -12,15 +13,18 @@ from typing import Any
 import numpy as np
 
 from espnet_mamba.asr import bootstrap
-from espnet_mamba.asr.bootstrap import Interval
 from espnet_mamba.asr.jobs import Job, run_jobs
 from espnet_mamba.asr.preparation import merged, read_yaml
 from espnet_mamba.asr.systems import System
 from espnet_mamba.data.files import read_json, write_json
 from s3prl_upstream.superb_data import choose_task, write_lists
+from s3prl_upstream.superb_keywords import KeywordOptions, utterance_of
 
-METRICS = {"ic": "slot accuracy", "sid": "accuracy"}
-FILTERBANK = "fbank"  # S3PRL's own upstream: 80 log-mel bins with first and second differences, normalised
+METRIC = "accuracy"  # SUPERB's for keywords, speakers, and intents (there: all slots right)
+SECTIONS = ("common", "ks", "ic", "sid")
+Table = dict[str, dict[str, Any]]  # {example: {"prediction": ..., "label": ...}}
+Counts = tuple[np.ndarray, np.ndarray]
+FILTERBANK = "fbank"  # S3PRL's own upstream: log-mel bins with their differences, mean and variance normalised
 
 
 def run_systems(
@@ -28,19 +32,20 @@ def run_systems(
 ) -> str:
     """Train and test the head of ``task`` on each system and return a table of the accuracies.
 
-    Intents are scored by slots, with the share of utterances that have all slots right (SUPERB's accuracy) beside it.
+    Intents count when all their slots are right, with the share of right slots beside it.
 
     ``out_dir/<system>`` receives ``result.json`` and S3PRL's files, ``out_dir`` the lists and ``comparison.json``.
     A finished system whose options and inputs are the same is left alone.
     """
     task = choose_task(task, dump_dir)
     sections = read_yaml(config)
-    unknown = sorted(sections.keys() - {"common", "ic", "sid"})
+    unknown = sorted(sections.keys() - set(SECTIONS))
     if unknown:
-        raise ValueError(f"{config}: section {unknown[0]!r} is none of common, ic, sid")
+        raise ValueError(f"{config}: section {unknown[0]!r} is none of {', '.join(SECTIONS)}")
     settings = merged(merged(sections.get("common") or {}, sections.get(task) or {}), options)
-    counts = write_lists(task, dump_dir, out_dir / "data")
-    print(f"{task}: " + ", ".join(f"{split} {number}" for split, number in counts.items()) + " utterances", flush=True)
+    keywords = _keyword_options(config, settings.pop("keywords", {}))
+    counts = write_lists(task, dump_dir, out_dir / "data", keywords)
+    print(f"{task}: " + ", ".join(f"{split} {number}" for split, number in counts.items()) + " examples", flush=True)
     jobs = []
     for system in systems:
         folder = out_dir / system.name
@@ -57,6 +62,13 @@ def run_systems(
 
         run_jobs(jobs, nj, progress)
     return _compare(out_dir, systems)
+
+
+def _keyword_options(config: Path, values: dict[str, Any]) -> KeywordOptions:
+    unknown = sorted(values.keys() - {field.name for field in dataclasses.fields(KeywordOptions)})
+    if unknown:
+        raise ValueError(f"{config}: keywords: {unknown[0]!r} is no option of the lists of keywords")
+    return KeywordOptions(**values)
 
 
 def _inputs(task: str, system: System, settings: dict[str, Any], out_dir: Path) -> dict[str, Any]:
@@ -80,7 +92,8 @@ def run_one(task: str, system: System, settings: dict[str, Any], out_dir: Path) 
     torch.manual_seed(0)
     folder = out_dir / system.name
     problem = PROBLEMS[task]()
-    upstream = {"name": FILTERBANK}
+    settings = dict(settings)
+    upstream = {"name": settings.pop("filterbank", FILTERBANK)}
     if system.upstream is not None:
         upstream = {"name": "mamba_hubert", "path_or_url": str(system.upstream)}
     fixed = {
@@ -96,63 +109,80 @@ def run_one(task: str, system: System, settings: dict[str, Any], out_dir: Path) 
     table = read_json(predictions)
     weights = torch.load(folder / "s3prl/train/valid_best/model/state_dict.pt", weights_only=True)
     layers = weights.get("featurizer.weights")
-    write_json(
-        folder / "result.json",
-        {
-            "task": task,
-            "system": system.name,
-            "metric": METRICS[task],
-            **_rate(table, slot_counts).as_dict(),
-            "num_utts": len(table),
-            "exact": _rate(table, exact_counts).as_dict(),
-            "layer_weights": layers.softmax(0).tolist() if layers is not None else [],
-        },
-    )
+    write_json(folder / "result.json", _result(task, system.name, table) | {"layer_weights": _softmax(layers)})
 
 
-def slot_counts(predictions: dict[str, dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+def _softmax(layers: Any) -> list[float]:
+    return layers.softmax(0).tolist() if layers is not None else []
+
+
+def _result(task: str, name: str, table: Table) -> dict[str, Any]:
+    """Return the fields of ``result.json`` that follow from the predictions."""
+    right, totals = exact_counts(table)
+    result = {"task": task, "system": name, "metric": METRIC, **bootstrap.rate(right, totals).as_dict()}
+    result |= {"num_utts": len(totals), "num_examples": len(table)}
+    if task == "ic":
+        return result | {"slot_accuracy": bootstrap.rate(*slot_counts(table)).as_dict()}
+    return result | {"num_classes": len({row["label"] for row in table.values()})}
+
+
+def slot_counts(predictions: Table) -> Counts:
     """Return how many slots of each utterance are right, and how many there are, in the order of ids, each (U,)."""
-    rows = [(_slots(row["prediction"]), _slots(row["label"])) for _, row in sorted(predictions.items())]
-    right = [sum(found == label for found, label in zip(*row, strict=True)) for row in rows]
-    return np.array(right), np.array([len(labels) for _, labels in rows])
+    return _by_utterance(predictions, lambda found, label: (sum(map(str.__eq__, found, label)), len(label)))
 
 
-def exact_counts(predictions: dict[str, dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return 1 for each utterance with all slots right, which is SUPERB's accuracy, and ones, each (U,)."""
-    right, totals = slot_counts(predictions)
-    return (right == totals).astype(int), np.ones_like(totals)
+def exact_counts(predictions: Table) -> Counts:
+    """Return how many examples of each utterance are wholly right, which is SUPERB's accuracy, and how many there are.
+
+    Words of one utterance share its speaker and room, so they are drawn together. In the order of ids, each (U,).
+    """
+    return _by_utterance(predictions, lambda found, label: (int(found == label), 1))
 
 
-def _slots(label: str | list[str]) -> list[str]:
-    return [label] if isinstance(label, str) else label
-
-
-def _rate(predictions: dict[str, dict[str, Any]], counts: Callable[..., tuple[np.ndarray, np.ndarray]]) -> Interval:
-    return bootstrap.rate(*counts(predictions))
+def _by_utterance(predictions: Table, count: Callable[[Any, Any], tuple[int, int]]) -> Counts:
+    sums: dict[str, list[int]] = {}
+    for name, row in sorted(predictions.items()):
+        right, total = count(row["prediction"], row["label"])
+        entry = sums.setdefault(utterance_of(name), [0, 0])
+        entry[0] += right
+        entry[1] += total
+    table = np.array(list(sums.values()), dtype=int).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
 
 
 def _compare(out_dir: Path, systems: list[System]) -> str:
-    """Write the paired differences to ``random`` and return the table."""
+    """Write the paired differences to ``random`` and, apart, those to ``fbank``, and return the table."""
     results = [read_json(out_dir / system.name / "result.json") for system in systems]
-    metric = results[0]["metric"]
-    lines = [f"{'system':<12} {metric + ' %':>22} {'all slots right %':>22} {'utterances':>10}"]
+    lines = [f"{'system':<12} {METRIC + ' %':>22} {'examples':>10} {'utterances':>10}"]
     for row in results:
-        lines.append(f"{row['system']:<12} {_percent(row):>22} {_percent(row['exact']):>22} {row['num_utts']:>10}")
+        lines.append(f"{row['system']:<12} {_percent(row):>22} {row['num_examples']:>10} {row['num_utts']:>10}")
+        if "slot_accuracy" in row:
+            lines[-1] += f"   slots {_percent(row['slot_accuracy'])}"
     tables = {system.name: read_json(out_dir / system.name / "predictions.json") for system in systems}
-    if "random" not in tables or len(tables) < 2:
-        return "\n".join(lines)
-    base, totals = slot_counts(tables["random"])
-    differences = {
-        name: bootstrap.difference(slot_counts(table)[0], base, totals).as_dict()
-        for name, table in tables.items()
-        if name != "random"
-    }
-    comparison: dict[str, Any] = {"metric": metric, "against": "random", "differences": differences}
-    if "pretrained" in differences:
-        comparison["difference"] = differences["pretrained"]
+    comparison: dict[str, Any] = {"metric": METRIC}
+    for base, key in (("random", "differences"), ("fbank", "differences_to_fbank")):
+        differences = _differences(tables, base)
+        if differences and base == "random":
+            comparison |= {"against": base}
+        if differences:
+            comparison[key] = differences
+        lines += [f"{METRIC} {name} - {base}, points: {_percent(row)}" for name, row in differences.items()]
+    if "pretrained" in comparison.get("differences", {}):
+        comparison["difference"] = comparison["differences"]["pretrained"]
     write_json(out_dir / "comparison.json", comparison)
-    lines += [f"{metric} {name} - random, points: {_percent(row)}" for name, row in differences.items()]
     return "\n".join(lines)
+
+
+def _differences(tables: dict[str, Table], base: str) -> dict[str, dict[str, float]]:
+    """Return the paired difference of each other system to ``base``, none where ``base`` was not run."""
+    if base not in tables:
+        return {}
+    right, totals = exact_counts(tables[base])
+    return {
+        name: bootstrap.difference(exact_counts(table)[0], right, totals).as_dict()
+        for name, table in tables.items()
+        if name != base
+    }
 
 
 def _percent(row: dict[str, float]) -> str:

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from espnet_mamba.asr import training
-from espnet_mamba.asr.jobs import Job, log_tail, run_jobs
+from espnet_mamba.asr.jobs import Job, log_tail, run_jobs, threads_per_job
 
 
 def write_and_stop(path, text):
@@ -51,6 +52,21 @@ def test_a_failure_is_reported_with_the_end_of_its_log_and_stops_the_others(tmp_
         run_jobs(jobs, 2, lambda log: None)
 
 
+def write_threads(path):
+    path.write_text(f"{torch.get_num_threads()} {os.environ['OMP_NUM_THREADS']}")
+
+
+def test_each_job_gets_its_share_of_the_cores_whatever_the_environment_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(5)), raising=False)
+    assert [threads_per_job(jobs) for jobs in (0, 1, 2, 3, 6)] == [5, 5, 2, 1, 1]
+    for count, nj, threads in ((2, 3, 2), (3, 3, 1), (3, 2, 2)):
+        jobs = [Job(f"job{i}", write_threads, tmp_path / f"{i}.log", (tmp_path / f"{i}.txt",)) for i in range(count)]
+        run_jobs(jobs, nj, lambda log: None)
+        assert (tmp_path / "0.txt").read_text() == f"{threads} {threads}"
+    assert os.environ["OMP_NUM_THREADS"] == "4"  # the caller keeps its own
+
+
 def test_progress_is_relayed(tmp_path, capsys):
     job = Job("slow", time.sleep, tmp_path / "a.log", (1.0,))
     run_jobs([job], 1, lambda log: "half way", every=0.2)
@@ -65,8 +81,6 @@ def test_progress_of_a_training_is_read_from_espnets_log():
         "x (trainer:327) INFO: 5/16epoch started. Estimated time to finish: 58.1 seconds\n"
     )
     assert training.progress(log) == "epoch 5/16, validation loss 16.0, token accuracy 0.76, 58.1 seconds left"
-
-
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")

@@ -54,7 +54,7 @@ def test_speakers_are_split_by_utterance_and_known_in_every_part(tmp_path):
 
 
 def test_superb_refusals(tmp_path):
-    with pytest.raises(ValueError, match="--task asv: one of auto, ic, sid"):
+    with pytest.raises(ValueError, match="--task asv: one of auto, ks, ic, sid"):
         choose_task("asv", tmp_path)
     dump = make_dump(tmp_path / "raw", 2)
     with pytest.raises(ValueError, match="0 speakers with three utterances or more"):
@@ -123,7 +123,7 @@ def test_slots_and_whole_intents_are_counted_by_hand():
     }
     assert [counts.tolist() for counts in slot_counts(predictions)] == [[1, 2], [2, 2]]
     assert exact_counts(predictions)[0].tolist() == [0, 1]
-    assert slot_counts({"a": {"prediction": "ann", "label": "anna"}})[0].tolist() == [0]
+    assert exact_counts({"a": {"prediction": "ann", "label": "anna"}})[0].tolist() == [0]
 
 
 def test_a_training_goes_on_for_more_epochs_and_starts_again_when_an_input_changed(tmp_path, capsys):

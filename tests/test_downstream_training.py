@@ -11,7 +11,7 @@ import torch
 from test_downstream_upstream import TINY
 
 from espnet_mamba.asr.systems import System
-from espnet_mamba.data.kaldi import write_table
+from espnet_mamba.data.kaldi import Segment, write_ctm, write_table
 from espnet_mamba.models.checkpoints import save_checkpoint
 from espnet_mamba.models.hubert import HubertModel
 
@@ -37,6 +37,8 @@ def corpus(tmp_path_factory):
                 tables[table][utt] = value
         for table, rows in tables.items():
             write_table(folder / "raw" / name / table, rows)
+        words = {utt: [Segment(0.1, 0.3, f"{text.split()[0]}TONE")] for utt, text in tables["text"].items()}
+        write_ctm(folder / "raw" / name / "words.ctm", words)
     torch.manual_seed(0)
     save_checkpoint(HubertModel(TINY), folder / "upstream")
     return folder
@@ -153,25 +155,58 @@ def test_stacked_linear_does_not_read_padding():
     torch.testing.assert_close(layer(x, lengths)[0], y)
 
 
-def test_superb_head_runs_is_repeated_by_nothing_and_compares(corpus, root_folder, capsys):
+@pytest.mark.parametrize("task", ["auto", "ic"])
+def test_superb_head_runs_is_repeated_by_nothing_and_compares(task, corpus, root_folder, capsys):
     from s3prl_upstream.superb_run import run_systems
 
     systems = [System("random", corpus / "upstream"), System("fbank", None)]
     options = {"train": {"total_steps": 4, "eval_step": 2, "save_step": 4, "log_step": 2}}
     config = root_folder / "conf" / "superb" / "tiny.yaml"
+    out_dir = corpus / f"superb_{task}"
 
     def run():
-        return run_systems(config, "auto", corpus / "raw", corpus / "superb", systems, options, 2)
+        return run_systems(config, task, corpus / "raw", out_dir, systems, options, 2)
 
     table = run()
-    result = json.loads((corpus / "superb" / "fbank" / "result.json").read_text())
-    assert (result["task"], result["metric"], result["num_utts"]) == ("ic", "slot accuracy", 4)
+    result = json.loads((out_dir / "fbank" / "result.json").read_text())
+    found = {"auto": "ks", "ic": "ic"}[task]
+    assert (result["task"], result["metric"], result["num_utts"]) == (found, "accuracy", 4)
     assert 0 <= result["low"] <= result["value"] <= result["high"] <= 1
-    comparison = json.loads((corpus / "superb" / "comparison.json").read_text())
+    assert ("slot_accuracy" in result) == (found == "ic")
+    comparison = json.loads((out_dir / "comparison.json").read_text())
     assert comparison["against"] == "random" and set(comparison["differences"]) == {"fbank"}
+    assert set(comparison["differences_to_fbank"]) == {"random"}
     capsys.readouterr()
     assert run() == table
     assert capsys.readouterr().out.count("already done") == 2
+
+
+def test_keyword_spotting_hands_over_the_segment_only_and_quieter(tmp_path):
+    import pickle
+
+    from s3prl.dataio.encoder.category import CategoryEncoder
+
+    from s3prl_upstream.frozen import FrozenUpstream
+    from s3prl_upstream.superb import SuperbKS
+
+    wave = np.linspace(-0.5, 0.5, 16000, dtype=np.float32)
+    soundfile.write(tmp_path / "ramp.wav", wave, 16000, subtype="FLOAT")
+    path = tmp_path / "ramp.wav"
+    rows = ["id,wav_path,label,start_sec,end_sec", f"u#0,{path},OPEN,0.2500,0.5000", f"u#1,{path},DOOR,0.5000,0.8125"]
+    (tmp_path / "test.csv").write_text("\n".join(rows) + "\n")
+    (tmp_path / "encoder.pkl").write_bytes(pickle.dumps(CategoryEncoder(["OPEN", "DOOR"])))
+    names = {"target_dir": "", "cache_dir": "", "mode": "test", "data_csv": tmp_path / "test.csv"}
+    problem = SuperbKS()
+    dataset = problem.build_dataset({}, **names, encoder_path=tmp_path / "encoder.pkl", frame_shift=320)
+    for item, (start, end) in zip(dataset, ((4000, 8000), (8000, 13000)), strict=True):
+        expected = torch.from_numpy(wave[start:end]) * 10 ** (-3 / 20)
+        torch.testing.assert_close(item["x"].view(-1), expected, atol=1e-6, rtol=0)
+    upstream = FrozenUpstream(problem.build_upstream({"name": "fbank", "cache_mb": 1.0}).upstream)
+    wavs = [item["x"].view(1, -1) for item in dataset]
+    first, second = (upstream(wav, torch.tensor([wav.size(1)]))[0][0] for wav in wavs)
+    assert len(upstream.cache) == 2 and first.size(1) < second.size(1)  # one recording, two entries
+    sampler = problem.build_batch_sampler({"valid": {"batch_size": 1}}, "", "", "valid", names["data_csv"], dataset)
+    assert sorted(index for batch in sampler for index in batch) == [0, 1]  # each example once
 
 
 def test_check_passes_for_a_good_folder_and_catches_a_model_that_reads_padding(corpus, monkeypatch):

@@ -66,7 +66,8 @@ def _controls(results: Results) -> list[tuple[str, dict[str, str], str]]:
             rows.append((f"{title}, K = {clusters}", cells, _verdict_of_difference(difference, True) or "–"))
     for task in dict.fromkeys(record["task"] for record in results.superb):
         records = {record["system"]: record for record in results.superb if record["task"] == task}
-        row = _control(f"{task} accuracy (%)", records, ("value", "low", "high"), higher_is_better=True)
+        metric = next(iter(records.values())).get("metric", "accuracy")
+        row = _control(f"{task} {metric} (%)", records, ("value", "low", "high"), higher_is_better=True)
         rows.append((*row[:2], _verdict_of_difference(results.superb_difference, True) or row[2]))
     if results.asr:
         records = {record["system"]: record for record in results.asr}
@@ -169,10 +170,11 @@ def _superb(results: Results, out_dir: Path) -> Section:
         return Section("SUPERB", [Missing("results of the SUPERB heads", "stage 10 (superb)")])
     rows = [
         [r["task"], r["system"], r.get("metric", "accuracy"), percent(r["value"], r.get("low"), r.get("high"))]
-        + [str(r.get("num_utts", "–"))]
+        + [str(r.get("num_examples", r.get("num_utts", "–"))), str(r.get("num_utts", "–"))]
         for r in results.superb
     ]
-    return Section("SUPERB", [Table(["task", "system", "metric", "value (%)", "utterances"], rows, left=(0, 1, 2))])
+    header = ["task", "system", "metric", "value (%)", "examples", "utterances"]
+    return Section("SUPERB", [Table(header, rows, left=(0, 1, 2))])
 
 
 def _layers(results: Results, out_dir: Path) -> Section:

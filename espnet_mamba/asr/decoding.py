@@ -68,11 +68,12 @@ def _trained(asr_dir: Path, name: str, model_file: str) -> Path:
 
 def _import_once() -> None:
     """Import ESPnet and S3PRL before the processes are forked, so that they share it."""
-    import s3prl.nn  # noqa: F401
     from espnet2.bin import asr_inference
 
     from espnet_mamba.asr.task import ASRTask
+    from s3prl_upstream import preload
 
+    preload()
     asr_inference.ASRTask = ASRTask
 
 

@@ -46,19 +46,21 @@ def run_jobs(
 ) -> None:
     """Run ``jobs``, at most ``nj`` at once, and print what ``progress`` finds in the tail of each log.
 
-    Processes are forked, so that they share what the caller has imported; with ``use_gpu`` they start afresh, because
-    CUDA does not survive a fork. Raises ValueError with the last lines of its log when a job fails; the others are
-    then stopped, and resume when the command is run again.
+    Each computes with its share of the cores, whatever OMP_NUM_THREADS says: threads of several processes on one core
+    wait for each other. Processes are forked, so that they share what the caller has imported; with ``use_gpu`` they
+    start afresh, because CUDA does not survive a fork. Raises ValueError with the last lines of its log when a job
+    fails; the others are then stopped, and resume when the command is run again.
     """
     context = multiprocessing.get_context("spawn" if use_gpu else "fork")
     waiting, running = list(jobs), []
+    threads = threads_per_job(min(len(jobs), max(1, nj)))
     reported = time.monotonic()
     try:
         while waiting or running:
             while waiting and len(running) < max(1, nj):
                 job = waiting.pop(0)
                 job.log.parent.mkdir(parents=True, exist_ok=True)
-                process = context.Process(target=_run, args=(job, os.getpid()), name=job.name)
+                process = context.Process(target=_run, args=(job, os.getpid(), threads), name=job.name)
                 process.start()
                 running.append(_Running(job, process))
             running[0].process.join(0.2)
@@ -72,9 +74,23 @@ def run_jobs(
             entry.process.join()
 
 
-def _run(job: Job, parent: int) -> None:
+def threads_per_job(num_jobs: int) -> int:
+    """Return the threads for each of ``num_jobs`` processes that run at once: its share of the cores, at least one."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, usable // max(1, num_jobs))
+
+
+def _use_threads(number: int) -> None:
+    """Hold for a torch that is imported later and for grandchildren, and for a torch that is already here."""
+    os.environ["OMP_NUM_THREADS"] = str(number)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(number)
+
+
+def _run(job: Job, parent: int, threads: int) -> None:
     """Be the child: send everything printed, also by libraries, to the log, then call the target."""
     _end_with(parent)
+    _use_threads(threads)
     handle = os.open(job.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

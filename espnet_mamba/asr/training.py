@@ -91,10 +91,10 @@ def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _check_options(settings: dict[str, Any]) -> None:
     """Raise ValueError for an option that ESPnet lacks; the imports are then shared by the processes forked later."""
-    import s3prl.nn  # noqa: F401
-
     from espnet_mamba.asr.task import ASRTask
+    from s3prl_upstream import preload
 
+    preload()
     known = {action.dest for action in ASRTask.get_parser()._actions}
     unknown = [key for key in settings if key not in known]
     if unknown:

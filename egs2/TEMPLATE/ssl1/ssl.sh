@@ -18,7 +18,7 @@ skip_eval=false        # Skip stages 9 to 13.
 ngpu=0                 # GPUs for training; 0 trains on the CPU.
 nproc=1                # CPU processes for pretraining (DDP by torchrun); only with --ngpu 0.
 num_nodes=1            # Machines for training.
-nj=2                   # Jobs at a time where work is cut into jobs. Never changes a result.
+nj=3                   # Jobs at a time where work is cut into jobs. Never changes a result.
 python=python          # Interpreter.
 seed=0                 # Seed of everything that draws.
 
@@ -237,7 +237,8 @@ stage_asr_decode() {
 stage_superb() {
     # shellcheck disable=SC2046,SC2086
     run superb "${python}" -m espnet_mamba.bin.superb --config "${conf}/superb/${superb_config}.yaml" \
-        --task "${superb_task}" --dump_dir "${dumpdir}/raw" --out_dir "${superb_dir}" $(systems fbank) ${superb_args}
+        --task "${superb_task}" --dump_dir "${dumpdir}/raw" --out_dir "${superb_dir}" $(systems fbank) \
+        --nj "${nj}" ${superb_args}
 }
 stage_analysis() {
     # shellcheck disable=SC2046,SC2086
