@@ -12,12 +12,19 @@ from espnet_mamba.data.files import atomic_path
 
 
 def save_training_state(
-    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, step: int, best_loss: float
+    path: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    step: int,
+    best_loss: float,
+    totals: torch.Tensor,
 ) -> None:
-    """Write weights, optimiser, schedule, step and best validation loss, synced and renamed into place."""
+    """Write weights, optimiser, schedule, step, best validation loss and the log's sums, synced and renamed."""
     state = {
         "step": step,
         "best_loss": best_loss,
+        "totals": totals,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict() if scheduler is not None else None,
@@ -33,15 +40,15 @@ def save_training_state(
 
 def load_training_state(
     path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any
-) -> tuple[int, float]:
-    """Load what ``save_training_state`` wrote, without executing pickled code; return step and best loss.
+) -> tuple[int, float, torch.Tensor]:
+    """Load what ``save_training_state`` wrote, without executing pickled code; return step, best loss and totals.
 
     Raises:
         ValueError: not such a file, or it belongs to another architecture.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        step, best_loss = state["step"], state["best_loss"]
+        step, best_loss, totals = state["step"], state["best_loss"], state["totals"]
     except Exception as error:  # a torn file can fail anywhere in the unpickler, with any error
         raise ValueError(f"{path}: not a checkpoint of this trainer ({error}); delete it to start anew") from error
     try:
@@ -53,4 +60,4 @@ def load_training_state(
         ) from error
     if scheduler is not None and state["scheduler"] is not None:
         scheduler.load_state_dict(state["scheduler"])
-    return step, best_loss
+    return step, best_loss, totals

@@ -37,13 +37,17 @@ class LossMeter:
         batch = torch.stack([value.detach().double() for value in values]).cpu()
         self.totals += torch.cat([batch, torch.tensor([num_samples], dtype=torch.float64)])
 
-    def row(self, distributed: bool, device: str, feature_penalty_weight: float = 10.0) -> dict[str, float]:
+    def reduced(self, distributed: bool, device: str) -> torch.Tensor:
+        """Return the totals summed over all processes; a collective call when ``distributed``."""
+        if not distributed:
+            return self.totals
+        totals = self.totals.to(device)
+        torch.distributed.all_reduce(totals)
+        return totals.cpu()
+
+    def row(self, distributed: bool, device: str, feature_penalty_weight: float) -> dict[str, float]:
         """Return means per masked frame over all processes, and hours of audio per hour of work."""
-        totals = self.totals
-        if distributed:
-            totals = totals.to(device)
-            torch.distributed.all_reduce(totals)
-        loss, masked, penalty, right, right_seen, seen, samples = totals.tolist()
+        loss, masked, penalty, right, right_seen, seen, samples = self.reduced(distributed, device).tolist()
         masked, seen = max(masked, 1.0), max(seen, 1.0)
         row = {
             "loss": loss / masked + feature_penalty_weight * penalty / masked,

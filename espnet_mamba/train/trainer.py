@@ -76,7 +76,7 @@ class StepTrainer(Trainer):
             epoch, done = step // updates_per_epoch + 1, step % updates_per_epoch
             batches = train_iter_factory.build_iter(epoch, skip=done * trainer_options.accum_grad)
             last = min(epoch * updates_per_epoch, trainer_options.max_steps)
-            run.train_steps(batches, step, last)
+            run.train_steps(batches, step, last, trainer_options.log_interval or max(1, updates_per_epoch // 5))
             step = last
             run.validate(valid_iter_factory.build_iter(epoch), step)
             run.save(step)
@@ -104,6 +104,7 @@ class _Run:
             # DDP synchronises gradients for calls through itself only, so it wraps the part that is called
             self.sums = torch.nn.parallel.DistributedDataParallel(model.model, find_unused_parameters=True)
         self.best_loss, self.bad_steps = float("inf"), 0
+        self.meter = LossMeter()
         self.log = StepLog(self.output_dir, options.max_steps, self.rank == 0, options.use_tensorboard)
 
     def resume(self) -> int:
@@ -111,34 +112,35 @@ class _Run:
         path = self.output_dir / CHECKPOINT
         if not path.is_file():
             return 0
-        step, self.best_loss = load_training_state(path, self.model, self.optimizer, self.scheduler)
+        step, self.best_loss, totals = load_training_state(path, self.model, self.optimizer, self.scheduler)
+        if self.rank == 0:  # it holds the sum over all ranks
+            self.meter.totals = totals
         self.log.rewind(step)
         logging.info(f"resumed from {path} at step {step}")
         return step
 
-    def train_steps(self, batches: Any, step: int, last: int) -> None:
-        """Make the updates ``step + 1 .. last``."""
+    def train_steps(self, batches: Any, step: int, last: int, interval: int) -> None:
+        """Make the updates ``step + 1 .. last``; log each ``interval``."""
         self.model.train()
-        meter, interval = LossMeter(), self.options.log_interval or max(1, (last - step) // 5)
         while step < last:
             started = time.perf_counter()
             parts = [next(batches) for _ in range(self.options.accum_grad)]
             step += 1
-            grad_norm = self._update(step, [batch for _, batch in parts], meter)
+            grad_norm = self._update(step, [batch for _, batch in parts])
             if not torch.isfinite(grad_norm):
                 self._count_bad_step(step, [utt_id for utt_ids, _ in parts for utt_id in utt_ids])
             else:
                 self.bad_steps = 0
-            meter.seconds += time.perf_counter() - started
+            self.meter.seconds += time.perf_counter() - started
             if step % interval == 0 or step == last:
-                row = meter.row(self.distributed, self.device)
+                row = self.meter.row(self.distributed, self.device, self.model.feature_penalty_weight)
                 row |= {"grad_norm": float(grad_norm), "learning_rate": self.optimizer.param_groups[0]["lr"]}
                 self.log.write("train", step, row)
-                meter = LossMeter()
+                self.meter = LossMeter()
             if step % self.options.save_interval_steps == 0 and step != last:
                 self.save(step)
 
-    def _update(self, step: int, batches: list[dict[str, Tensor]], meter: LossMeter) -> Tensor:
+    def _update(self, step: int, batches: list[dict[str, Tensor]]) -> Tensor:
         # Dropout, layer drop and masks draw from (seed, step, rank) alone: a resumed run repeats them without saving
         # any random state, and no draw of another part of the program can shift them.
         torch.manual_seed((self.options.seed * 1_000_003 + step) * 4096 + self.rank)
@@ -149,7 +151,7 @@ class _Run:
                 sums = self.sums(**batch)
             loss = self.model.loss(sums, self._global_masked(sums.num_masked)) / len(batches)
             loss.backward()
-            meter.add(sums, batch["speech"].numel())
+            self.meter.add(sums, batch["speech"].numel())
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip)
         if torch.isfinite(grad_norm):
             self.optimizer.step()
@@ -190,10 +192,11 @@ class _Run:
             save_checkpoint(self.model.model.hubert, self.output_dir / BEST)
 
     def save(self, step: int) -> None:
-        """Write the training state of ``step``, atomically."""
+        """Write the training state of ``step``, atomically, with the sums of a log line that is not yet full."""
+        totals = self.meter.reduced(self.distributed, self.device)
         if self.rank == 0:
             path = self.output_dir / CHECKPOINT
-            save_training_state(path, self.model, self.optimizer, self.scheduler, step, self.best_loss)
+            save_training_state(path, self.model, self.optimizer, self.scheduler, step, self.best_loss, totals)
 
     def finish(self) -> None:
         """Write the last model as a folder."""
