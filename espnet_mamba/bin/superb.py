@@ -44,7 +44,8 @@ def main() -> None:
 
     options: dict = {}
     if args.total_steps is not None:
-        options["train"] = {"total_steps": args.total_steps}
+        steps = min(100, args.total_steps)  # a run shorter than an interval would never be evaluated
+        options["train"] = {"total_steps": args.total_steps, "eval_step": steps, "save_step": steps, "log_step": steps}
     if args.lr is not None:
         options["build_optimizer"] = {"conf": {"lr": args.lr}}
     systems = parse_systems(args.system)
