@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from espnet_mamba.analysis.plots import plt, save_figure
+import matplotlib.pyplot as plt
+
+from espnet_mamba.figures import save_figure
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MAX_POINTS = 1000

@@ -6,18 +6,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed or asked for
 import matplotlib.pyplot as plt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from espnet_mamba.analysis.table import LayerValue
-from espnet_mamba.data.files import atomic_path
+from espnet_mamba.figures import save_figure
 
 # Okabe and Ito's palette: told apart by readers with any common colour vision, and by marker in grey print.
 _STYLES = {"pretrained": ("#0072B2", "o"), "random": ("#D55E00", "s"), "fbank": ("#009E73", "^")}
@@ -39,18 +35,6 @@ def style_of(system: str, systems: Sequence[str]) -> tuple[str, str]:
     """Return colour and marker of a system, the same in every figure."""
     others = [name for name in systems if name not in _STYLES]
     return _STYLES[system] if system in _STYLES else _SPARE_STYLES[others.index(system) % len(_SPARE_STYLES)]
-
-
-def save_figure(figure: Figure, stem: str | Path) -> list[Path]:
-    """Write ``stem``.svg and ``stem``.png (150 dpi), the same bytes for the same numbers; close the figure."""
-    paths = [Path(f"{stem}.svg"), Path(f"{stem}.png")]
-    with matplotlib.rc_context({"svg.hashsalt": "espnet-mamba"}):
-        for path in paths:
-            with atomic_path(path) as temporary:
-                metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-                figure.savefig(temporary, dpi=150, metadata=metadata)
-    plt.close(figure)
-    return paths
 
 
 def plot_mutual_information(rows: Sequence[LayerValue], stem: str | Path) -> list[Path]:

@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed or asked for
 import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from espnet_mamba.data.files import atomic_path
 from espnet_mamba.efficiency.timing import Cost
+from espnet_mamba.figures import save_figure
 
 # Okabe and Ito's palette: told apart by readers with any common colour vision.
 _COLOURS = (
@@ -60,7 +56,7 @@ def plot_costs(
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=8)
     figure.suptitle(f"forward pass of one utterance, {device}", fontsize=10)
-    return _save(figure, stem)
+    return save_figure(figure, stem)
 
 
 def plot_parts(parts: Mapping[str, Mapping[str, float]], seconds: float, stem: str | Path) -> list[Path]:
@@ -80,21 +76,10 @@ def plot_parts(parts: Mapping[str, Mapping[str, float]], seconds: float, stem: s
     panel.set_xlabel(f"GMAC per second of audio at {seconds:g} s (scan counted as 3 MACs per frame, channel, state)")
     panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=6, fontsize=8)
-    return _save(figure, stem)
+    return save_figure(figure, stem)
 
 
 def _at_least_a_decade(low: float, high: float) -> tuple[float, float]:
     """Widen limits that hold less than a factor of 10: a flat line should look flat."""
     middle = (low * high) ** 0.5
     return min(low, middle / 10**0.5), max(high, middle * 10**0.5)
-
-
-def _save(figure: Figure, stem: str | Path) -> list[Path]:
-    paths = [Path(f"{stem}.svg"), Path(f"{stem}.png")]
-    with matplotlib.rc_context({"svg.hashsalt": "espnet-mamba"}):
-        for path in paths:
-            with atomic_path(path) as temporary:
-                metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-                figure.savefig(temporary, dpi=150, metadata=metadata)
-    plt.close(figure)
-    return paths
