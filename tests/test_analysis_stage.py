@@ -199,8 +199,9 @@ def test_wrong_settings_are_named(tmp_path, text, message):
 
 
 def test_shipped_settings_load(request):
-    settings = [load_settings(path) for path in sorted((request.config.rootpath / "conf/analysis").glob("*.yaml"))]
-    assert settings and all(setting.bounds.seeds >= 3 for setting in settings)
+    folder = request.config.rootpath / "conf/analysis"
+    settings = {path.stem: load_settings(path) for path in folder.glob("*.yaml")}
+    assert settings["mini"].bounds.seeds >= 3 and settings["smoke"].bounds.steps < settings["mini"].bounds.steps
 
 
 @pytest.mark.parametrize("system", ["pretrained", "=x", "a="])
