@@ -47,8 +47,9 @@ def run_jobs(
     """Run ``jobs``, at most ``nj`` at once, and print what ``progress`` finds in the tail of each log.
 
     Each computes with its share of the cores, whatever OMP_NUM_THREADS says: threads of several processes on one core
-    wait for each other. Processes are forked, so that they share what the caller has imported; with ``use_gpu`` they
-    start afresh, because CUDA does not survive a fork. Raises ValueError with the last lines of its log when a job
+    wait for each other. Processes are forked, so that they share what the caller has imported (which must not have
+    computed with several threads before: OpenMP's do not survive a fork); with ``use_gpu`` they start afresh, because
+    CUDA does not survive it either. Raises ValueError with the last lines of its log when a job
     fails; the others are then stopped, and resume when the command is run again.
     """
     context = multiprocessing.get_context("spawn" if use_gpu else "fork")
