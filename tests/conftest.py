@@ -9,8 +9,8 @@ from pathlib import Path
 # more than one. The commands themselves fork before they compute; a test process computes before it forks.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
