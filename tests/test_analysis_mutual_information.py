@@ -116,7 +116,7 @@ def noise_pairs(dim, frames, utts=4, layers=1):
 
 
 def test_published_protocol_finds_nats_in_independent_noise():
-    """The published defect, reproduced: FACTS 6.1 gives 4.33 (sd 0.88) nats at 768 dimensions and 750 frames."""
+    """The published defect, reproduced: docs/papers.md 6 gives 4.33 (sd 0.88) nats at 768 dimensions and 750 frames."""
     value = mine_paper(noise_pairs(768, 750, utts=2), MinePaperSettings()).mean()
     assert 3.0 < value < 6.0
 

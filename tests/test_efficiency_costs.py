@@ -60,7 +60,7 @@ def test_scan_is_three_macs_per_frame_channel_and_state():
 
 @pytest.mark.parametrize(("mixer", "expected"), [("mamba", 6.20), ("extbimamba", 9.69)])
 def test_base_models_cost_what_the_papers_sizes_give(mixer, expected):
-    """FACTS 4.4, G MACs per second of audio, analytic."""
+    """docs/papers.md 8, G MACs per second of audio, analytic."""
     parts = macs_per_second(HubertConfig(mixer=mixer), 320.0)
     assert sum(parts.values()) / 1e9 == pytest.approx(expected, abs=0.006)
     assert (parts["front_end"] + parts["projection"] + parts["position"]) / 1e9 == pytest.approx(2.71, abs=0.01)

@@ -61,7 +61,7 @@ def test_look_ahead_is_what_the_model_says():
 
 def test_base_has_the_parameters_of_paper_2s_public_config(root):
     model = HubertForPretraining(load_config(root / "conf/models/extbimamba_base.yaml"), num_classes=504)
-    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == 146.74  # FACTS 1.4
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == 146.74  # docs/papers.md 4
 
 
 def test_every_model_yaml_builds(root):
@@ -76,7 +76,7 @@ def test_every_model_yaml_builds(root):
 def test_mask_covers_55_percent_and_no_padding():
     num_frames = torch.tensor([500] * 64 + [30, 12, 5, 1])
     mask = span_mask(num_frames, 500)
-    assert abs(mask[:64].float().mean().item() - 0.55) < 0.02  # FACTS 2.1
+    assert abs(mask[:64].float().mean().item() - 0.55) < 0.02  # docs/papers.md 5
     assert not (mask & (torch.arange(500) >= num_frames[:, None])).any()
     assert mask.any(1).all()
     runs = mask[0].int().diff(prepend=torch.zeros(1), append=torch.zeros(1))

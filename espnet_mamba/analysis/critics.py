@@ -36,7 +36,7 @@ class Parameters:
 
 @dataclass
 class ConcatCritic(Parameters):
-    """T(x, y) = W3 relu(W2 relu(W1 [x; y])): the critic of the published protocol (FACTS: 2D -> H -> H -> 1).
+    """T(x, y) = W3 relu(W2 relu(W1 [x; y])): the published critic (docs/papers.md 6: 2D -> H -> H -> 1).
 
     W1 is kept as its two halves, so that shuffled pairs reuse both products: W1 [x; y'] = Wx x + Wy y'.
     """

@@ -1,4 +1,4 @@
-"""ExtBiMamba: two Mambas with weights of their own, one per direction of time (paper 2; FACTS 1.3)."""
+"""ExtBiMamba: two Mambas with weights of their own, one per direction of time (paper 2; docs/papers.md 3)."""
 
 from __future__ import annotations
 

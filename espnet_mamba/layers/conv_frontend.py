@@ -1,4 +1,4 @@
-"""HuBERT's convolutional front end over raw audio, with statistics that padding cannot reach (FACTS 1.1).
+"""HuBERT's convolutional front end over raw audio, with statistics that padding cannot reach (docs/papers.md 1).
 
 Letters: B utterances, S samples at 16 kHz, T frames at 50 Hz, C channels.
 """

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from espnet_mamba.ops.causal_conv1d import causal_conv1d
 from espnet_mamba.ops.selective_scan import selective_scan
 
-DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4  # seconds-free step sizes of Mamba's initialisation (FACTS 1.2)
+DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4  # seconds-free step sizes of Mamba's initialisation (docs/papers.md 2)
 
 
 class MambaState(NamedTuple):
@@ -27,7 +27,7 @@ class MambaState(NamedTuple):
 
 
 class Mamba(nn.Module):
-    """The Mamba block of FACTS 1.2: in_proj, causal convolution, selective scan, gate, out_proj."""
+    """The Mamba block of docs/papers.md 2: in_proj, causal convolution, selective scan, gate, out_proj."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Mamba(nn.Module):
     @torch.no_grad()
     def reset_dt(self, dt_init: str) -> None:
         """Initialise the step sizes: ``mamba`` draws softplus(bias) log-uniformly from [1e-3, 0.1]; ``bert_reset``
-        repeats what the papers' code does by mistake, weights N(0, 0.02) and bias 0, so steps of 0.693 (FACTS 6.2).
+        repeats the papers' mistake, weights N(0, 0.02) and bias 0, so steps of 0.693 (docs/papers.md 9).
 
         Raises:
             ValueError: unknown ``dt_init``.

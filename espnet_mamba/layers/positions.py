@@ -1,4 +1,4 @@
-"""Position by convolution: what HuBERT adds to its frames before the first block (FACTS 1.1)."""
+"""Position by convolution: what HuBERT adds to its frames before the first block (docs/papers.md 1)."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ BASE_CONV_LAYERS = ((512, 10, 5),) + ((512, 3, 2),) * 4 + ((512, 2, 2),) * 2
 
 @dataclass(frozen=True)
 class HubertConfig:
-    """Every choice that shapes a HuBERT-style model. Defaults are HuBERT Base's (FACTS 1.1) with a Mamba inside."""
+    """Every choice that shapes a HuBERT-style model. Defaults: HuBERT Base with a Mamba inside (docs/papers.md 1, 4)."""
 
     name: str = "extbimamba_base"
     front_end: str = "conv_group"  # conv_group: HuBERT's; conv_layer: causal
@@ -27,7 +27,7 @@ class HubertConfig:
     conv_kernel: int = 4  # frames of the mixer's causal convolution
     expand: int = 3  # E / D; paper 2 uses 3, Mamba's own default is 2
     join: str = "sum"  # how two directions meet: sum (paper 2's code) or concat_linear (paper 1)
-    dt_init: str = "mamba"  # mamba, or bert_reset: the papers' accidental re-initialisation (FACTS 6.2)
+    dt_init: str = "mamba"  # mamba, or bert_reset: the papers' accidental re-initialisation (docs/papers.md 9)
     ffn_dim: int = 0  # inner width of the feed-forward part; 0: none
     norm: str = "post"  # post (all of paper 2's configs) or pre
     position: str = "conv"  # conv (centred), causal_conv, none

@@ -28,7 +28,7 @@ class HubertOutput(NamedTuple):
 
 
 class HubertModel(nn.Module):
-    """Front end, projection, position, blocks (FACTS 1.1). Its output never depends on padding or batch mates."""
+    """Front end, projection, position, blocks (docs/papers.md 1). Padding and batch mates never change its output."""
 
     def __init__(self, config: HubertConfig) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Which frames the model must predict without seeing them: spans, drawn on the device in one go (FACTS 2.1)."""
+"""Which frames the model must predict without seeing them: spans, drawn on the device in one go (docs/papers.md 5)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HuBERT objective: masked prediction of cluster labels, plus a penalty on the front end (FACTS 1.1, 2.1).
+"""The HuBERT objective: masked prediction of cluster labels, plus a penalty on the front end (docs/papers.md 1, 5).
 
 Letters: B utterances, S samples, T frames at 50 Hz, D width, K classes, M masked frames.
 """

@@ -1,4 +1,4 @@
-"""How well clusters tell phones apart: phone purity, cluster purity, PNMI (Hsu et al. 2021, sec. IV; FACTS 4.3)."""
+"""How well clusters tell phones apart: phone purity, cluster purity, PNMI (Hsu et al. 2021; docs/papers.md 7)."""
 
 from __future__ import annotations
 

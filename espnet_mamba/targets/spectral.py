@@ -15,7 +15,7 @@ NUM_MELS = 80
 
 
 def mfcc(wav: Tensor) -> Tensor:
-    """Return 13 MFCC without energy, deltas and second deltas at 100 Hz (FACTS 2.1): ``(S,)`` to ``(T, 39)``.
+    """Return 13 MFCC without energy, deltas and second deltas at 100 Hz (docs/papers.md 5): ``(S,)`` to ``(T, 39)``.
 
     Windows of 25 ms start every 10 ms and stay inside the audio, ``T = (S - 400) // 160 + 1``, so that every second
     one is a frame of the convolutional front end.

@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class PolynomialWarmup(LRScheduler, AbsBatchStepScheduler):
-    """Linear warm-up over the first ``warmup_ratio`` of ``total_steps``, then polynomial decay to 0 (FACTS 2.1)."""
+    """Linear warm-up over the first ``warmup_ratio`` of ``total_steps``, then decay to 0 (docs/papers.md 5)."""
 
     def __init__(
         self,

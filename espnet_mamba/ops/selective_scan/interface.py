@@ -38,7 +38,7 @@ def selective_scan(
     return_state: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Mamba's selective scan (Gu and Dao 2023, eq. 2 with the Euler form of B; FACTS 1.2), aware of padding.
+    """Mamba's selective scan (Gu and Dao 2023, eq. 2 with the Euler form of B; docs/papers.md 2), aware of padding.
 
     Args:
         x: input ``(B, T, E)``.

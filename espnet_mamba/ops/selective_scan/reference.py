@@ -12,7 +12,7 @@ from torch import Tensor
 def scan_reference(
     x: Tensor, dt: Tensor, A: Tensor, Bmat: Tensor, Cmat: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Run ``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t``, ``y_t = C_t . h_t`` frame by frame (Mamba, FACTS 1.2).
+    """Run ``h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t``, ``y_t = C_t . h_t`` frame by frame (Mamba, docs/papers.md 2).
 
     Args:
         x: input ``(B, T, E)``.
