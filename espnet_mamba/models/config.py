@@ -14,7 +14,7 @@ BASE_CONV_LAYERS = ((512, 10, 5),) + ((512, 3, 2),) * 4 + ((512, 2, 2),) * 2
 
 @dataclass(frozen=True)
 class HubertConfig:
-    """Every choice that shapes a HuBERT-style model. Defaults: HuBERT Base with a Mamba inside (docs/papers.md 1, 4)."""
+    """Every choice that shapes a HuBERT model. Defaults: HuBERT Base with a Mamba inside (docs/papers.md 1, 4)."""
 
     name: str = "extbimamba_base"
     front_end: str = "conv_group"  # conv_group: HuBERT's; conv_layer: causal

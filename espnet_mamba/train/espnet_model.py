@@ -28,7 +28,7 @@ class ESPnetHubertModel(AbsESPnetModel):
         return self.model(speech, labels, num_samples, generator)
 
     def loss(self, sums: PretrainingLoss, num_masked: Tensor | None = None) -> Tensor:
-        """Return the scalar loss (docs/papers.md 5); ``num_masked`` is the divisor, by default the batch's own count."""
+        """Return the scalar loss (docs/papers.md 5); ``num_masked`` is the divisor, else the batch's count."""
         divisor = sums.num_masked if num_masked is None else num_masked
         return sums.loss_sum / divisor.clamp(min=1) + self.feature_penalty_weight * sums.feature_penalty
 
