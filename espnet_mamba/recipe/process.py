@@ -40,7 +40,7 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
 def run_logged(command: Sequence[str], log: Path) -> tuple[int, float]:
     """Run ``command`` in a session of its own; return its exit status and the peak of its processes' memory in MB.
 
-    Memory is the sum of resident sets over all processes of the session, sampled every 0.2 s (pages that processes
+    Memory is the sum of resident sets over the process and its descendants, sampled every 0.2 s (pages that processes
     share count for each of them).
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -74,19 +74,26 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _watch_memory(session: int, peak: list[float], done: threading.Event) -> None:
+def _watch_memory(root: int, peak: list[float], done: threading.Event) -> None:
     while not done.wait(POLL_SECONDS):
-        peak[0] = max(peak[0], _session_memory_mb(session))
+        peak[0] = max(peak[0], _family_memory_mb(root))
 
 
-def _session_memory_mb(session: int) -> float:
-    """Return the resident memory of all processes of a session; 0 where there is no /proc."""
-    total = 0
+def _family_memory_mb(root: int) -> float:
+    """Return the resident memory of a process and all its descendants; 0 where there is no /proc."""
+    children: dict[int, list[int]] = {}
+    pages: dict[int, int] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[3]) == session:
-                total += int(fields[21])  # resident pages
+            pid = int(stat.parent.name)
+            children.setdefault(int(fields[1]), []).append(pid)
+            pages[pid] = int(fields[21])
         except (OSError, IndexError, ValueError):
             continue  # the process ended while we looked
+    total, family = 0, [root]
+    while family:
+        pid = family.pop()
+        total += pages.get(pid, 0)
+        family += children.get(pid, [])
     return total * os.sysconf("SC_PAGE_SIZE") / 1e6
