@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 
 import pytest
 
@@ -63,12 +62,10 @@ def test_all_stages(finished, root):
     assert not re.search(r"""(src|href)=["']https?:""", html)
 
 
-def test_second_run_skips_every_stage_in_under_a_second_each(finished, root):
+def test_second_run_skips_every_stage(finished, root):
     _, options = finished
-    started = time.monotonic()
     result = run(root, *options)
     assert result.returncode == 0 and result.stdout.count("; skipped") == 13, result.stdout
-    assert time.monotonic() - started < 13
 
 
 def test_some_stages_again(finished, root):

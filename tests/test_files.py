@@ -3,8 +3,9 @@ import os
 
 import pytest
 
-from espnet_mamba.bin.cli import nearest, run_main
+from espnet_mamba.bin.cli import run_main
 from espnet_mamba.data.files import atomic_path, read_json, write_json
+from espnet_mamba.names import nearest
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path):
@@ -50,4 +51,4 @@ def test_damaged_json_names_the_file(tmp_path):
 
 
 def test_nearest():
-    assert nearest("modle", ["model", "other"]) == " (did you mean 'model'?)" and nearest("zzz", ["model"]) == ""
+    assert nearest("modle", ["other", "model"]) == "model" and nearest("zzz", ["model"]) is None

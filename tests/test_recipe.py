@@ -178,9 +178,8 @@ def test_engine_runs_skips_and_names_missing_stages(root, tmp_path):
     assert result.returncode == 2 and "stage 2 (check) makes it" in result.stderr
     result = engine(root, *where, "--stop_stage", "check")
     assert result.returncode == 0, result.stderr
-    started = time.monotonic()
     result = engine(root, *where, "--stop_stage", "check")
-    assert result.stdout.count("skipped") == 2 and time.monotonic() - started < 5
+    assert result.stdout.count("skipped") == 2
     result = engine(root, *where, "--stop_stage", "check", "--skip_data", "true", "--bad_audio=skip")
     assert "stage 1 (data): skipped, as asked" in result.stdout
     assert "runs again, since --bad_audio was 'refuse', now 'skip'" in result.stdout

@@ -153,6 +153,8 @@ def test_wrong_checkpoint_and_labels_are_refused(corpus, root, tmp_path, undistu
         train(corpus, tmp_path / "l", root, "--label_rate", "100")
     with pytest.raises(FileNotFoundError, match="did you mean 'small'"):
         train(corpus, tmp_path / "m", root, "--model", str(corpus / "smal.yaml"))
+    with pytest.raises(ValueError, match="--max_epoch --patience: not read in pretraining"):
+        train(corpus, tmp_path / "e", root, "--max_epoch", "3", "--patience", "2")
     with pytest.raises(ValueError, match="unknown key 'embd_dim'; did you mean 'embed_dim'"):
         train(corpus, tmp_path / "c", root, "--model_conf", "embd_dim=8")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import yaml
 
 from espnet_mamba.analysis.bounds import BoundSettings
 from espnet_mamba.analysis.mine import MinePaperSettings
+from espnet_mamba.names import nearest
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def _build(kind: Any, values: dict[str, Any], where: str) -> Any:
     known = [entry.name for entry in fields(kind)]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = nearest(key, known)
             raise ValueError(
-                f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else f"; known: {known}")
+                f"{where}: unknown key {key!r}" + (f", did you mean {near!r}?" if near else f"; known: {known}")
             )
     try:
         return kind(**values)

@@ -1,11 +1,10 @@
-"""What every command shares: one-line errors, and the nearest name to a mistyped one."""
+"""What every command shares: a user's mistake is one line."""
 
 from __future__ import annotations
 
-import difflib
 import errno
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -21,8 +20,3 @@ def run_main(main: Callable[[], None]) -> None:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from error
 
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a hint such as `` (did you mean 'extbimamba_tiny'?)``, empty when nothing is near."""
-    matches = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean {matches[0]!r}?)" if matches else ""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from espnet_mamba.names import nearest
 
 BASE_CONV_LAYERS = ((512, 10, 5),) + ((512, 3, 2),) * 4 + ((512, 2, 2),) * 2
 
@@ -72,8 +73,8 @@ def config_from_dict(values: dict[str, Any], source: str) -> HubertConfig:
     known = [field.name for field in fields(HubertConfig)]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {' '.join(known)}"
+            near = nearest(key, known)
+            hint = f"; did you mean {near!r}?" if near else f"; known: {' '.join(known)}"
             raise ValueError(f"{source}: unknown key {key!r}{hint}")
     return HubertConfig(**values)
 
@@ -95,8 +96,8 @@ def load_config(path: str | Path) -> HubertConfig:
     path = Path(path)
     if not path.is_file():
         models = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        near = difflib.get_close_matches(path.stem, models, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
+        near = nearest(path.stem, models)
+        hint = f"did you mean {near!r}? " if near else ""
         raise FileNotFoundError(f"model {path.stem!r}: no file {path}; {hint}known: {' '.join(models)}")
     values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     return config_from_dict({"name": path.stem} | values, str(path))

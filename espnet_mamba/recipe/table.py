@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+
+from espnet_mamba.names import nearest
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,8 @@ def find_stage(table: Sequence[Stage], name: str) -> Stage:
     for stage in table:
         if name in (stage.name, str(stage.number)):
             return stage
-    near = difflib.get_close_matches(name, [stage.name for stage in table], n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = nearest(name, [stage.name for stage in table])
+    hint = f"did you mean {near!r}? " if near else ""
     raise ValueError(f"no stage {name!r}; {hint}stages: {' '.join(f'{s.number}={s.name}' for s in table)}")
 
 

@@ -27,6 +27,13 @@ DATA_TYPES["frame_labels"] = {"func": FrameLabels, "kwargs": [], "help": "labels
 scheduler_classes["polynomial_warmup"] = PolynomialWarmup
 
 
+# ESPnet's options that StepTrainer has no use for: given, they are refused, since ignoring them would mislead.
+UNREAD = (
+    "max_epoch patience keep_nbest_models nbest_averaging_interval grad_noise no_forward_run use_wandb sharded_ddp "
+    "use_deepspeed use_adapter multiple_iterator iterator_type ddp_comm_hook"
+).split()
+
+
 class HubertTask(AbsTask):
     """``python -m espnet_mamba.bin.hubert_train``: raw audio and frame labels in, a pretrained model out."""
 
@@ -46,6 +53,19 @@ class HubertTask(AbsTask):
         group.add_argument("--mask_length", type=int, default=10, help="frames of a span")
         group.add_argument("--feature_penalty_weight", type=float, default=10.0, help="of the mean squared features")
         group.add_argument("--max_crop_samples", type=int, default=250_000, help="longest training crop (15.6 s)")
+
+    @classmethod
+    def check_required_command_args(cls, args: argparse.Namespace) -> None:
+        """Check what ESPnet checks, and that no option was given that this trainer does not read.
+
+        Raises:
+            ValueError: names the options and what to use for a length.
+        """
+        super().check_required_command_args(args)
+        parser = cls.get_parser()
+        given = [f"--{name}" for name in UNREAD if getattr(args, name) != parser.get_default(name)]
+        if given:
+            raise ValueError(f"{' '.join(given)}: not read in pretraining; a run's length is --max_steps updates")
 
     @classmethod
     def build_collate_fn(cls, args: argparse.Namespace, train: bool) -> Callable[..., Any]:

@@ -46,7 +46,7 @@ class StepTrainer(Trainer):
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
         """Add the options that ESPnet's Trainer lacks."""
-        parser.add_argument("--max_steps", type=int, default=250_000, help="updates of the whole run")
+        parser.add_argument("--max_steps", type=int, default=250_000, help="updates of the whole run, not --max_epoch")
         parser.add_argument("--save_interval_steps", type=int, default=500, help="updates between checkpoints")
 
     @classmethod
@@ -152,7 +152,9 @@ class _Run:
             loss = self.model.loss(sums, self._global_masked(sums.num_masked)) / len(batches)
             loss.backward()
             self.meter.add(sums, batch["speech"].numel())
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip)
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.options.grad_clip, self.options.grad_clip_type
+        )
         if torch.isfinite(grad_norm):
             self.optimizer.step()
         if self.scheduler is not None:
