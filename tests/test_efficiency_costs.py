@@ -15,6 +15,7 @@ from espnet_mamba.efficiency.stage import open_models, run_efficiency
 from espnet_mamba.layers.block import MIXERS
 from espnet_mamba.models.config import HubertConfig
 from espnet_mamba.models.hubert import HubertModel
+from espnet_mamba.ops.selection import FORCE
 
 SMALL = HubertConfig(
     name="small",
@@ -30,7 +31,15 @@ VARIANTS = [
     SMALL,
     replace(SMALL, mixer="mamba", ffn_dim=48, position="none"),
     replace(SMALL, join="concat_linear", norm="pre", front_end="conv_layer"),
+    replace(SMALL, mixer="innbimamba"),
+    replace(SMALL, mixer="innbimamba", share_conv=False, join="mean"),
 ]
+
+
+@pytest.fixture
+def plain_ops(monkeypatch):
+    """PyTorch's counter does not see compiled kernels."""
+    monkeypatch.setenv(FORCE, "torch")
 
 
 def counted(config, num_samples):
@@ -47,6 +56,7 @@ LINEAR = ("aten.mm", "aten.addmm")
 
 @pytest.mark.parametrize("config", VARIANTS, ids=lambda c: f"{c.mixer}-{c.join}-{c.position}")
 @pytest.mark.parametrize("num_samples", [400, 16000, 23457])
+@pytest.mark.usefixtures("plain_ops")
 def test_formula_agrees_with_the_flop_counter(config, num_samples):
     parts = count_macs(config, num_samples)
     assert counted(config, num_samples) == sum(parts.values()) - parts["scan"]

@@ -5,20 +5,30 @@ import torch
 
 from espnet_mamba.layers.bimamba import ExtBiMamba
 from espnet_mamba.layers.block import MIXERS, EncoderBlock
+from espnet_mamba.layers.innbimamba import InnBiMamba
 from espnet_mamba.layers.mamba import Mamba
-from espnet_mamba.ops.causal_conv1d import causal_conv1d
 
 WIDTH = 16
 CAUSAL = [name for name, (_, causal) in MIXERS.items() if causal]
 
 
-@pytest.fixture(params=list(MIXERS))
+# mixer, its options, the type: float64 runs the plain scan, float32 the compiled kernels where there are any
+BUILDS = [(name, {}) for name in MIXERS]
+BUILDS += [("extbimamba", {"join": "concat_linear"}), ("innbimamba", {"share_conv": False, "join": "mean"})]
+
+
+@pytest.fixture(params=[(*build, dtype) for build in BUILDS for dtype in (torch.float64, torch.float32)], ids=str)
 def mixer(request):
-    return MIXERS[request.param][0](WIDTH, state_size=4).double()
+    name, options, dtype = request.param
+    return MIXERS[name][0](WIDTH, state_size=4, **options).to(dtype)
+
+
+def like(mixer, *shape, **options):
+    return torch.randn(*shape, dtype=next(mixer.parameters()).dtype, **options)
 
 
 def test_shape_and_gradients_of_all_parameters(mixer):
-    x = torch.randn(2, 21, WIDTH, dtype=torch.float64, requires_grad=True)
+    x = like(mixer, 2, 21, WIDTH, requires_grad=True)
     y, state = mixer(x)
     assert y.shape == x.shape and state is None
     y.square().sum().backward()
@@ -28,14 +38,26 @@ def test_shape_and_gradients_of_all_parameters(mixer):
 
 def test_padding_and_batch_order_change_nothing(mixer):
     lengths = torch.tensor([21, 9, 1])
-    x = torch.randn(3, 21, WIDTH, dtype=torch.float64)
+    x = like(mixer, 3, 21, WIDTH)
+    x[1, 9:] = float("nan")
     together, _ = mixer(x, lengths)
     for row, length in enumerate(lengths.tolist()):
         alone, _ = mixer(x[row : row + 1, :length])
-        torch.testing.assert_close(together[row, :length], alone[0])
+        torch.testing.assert_close(together[row, :length], alone[0], rtol=1e-4, atol=1e-6)
         assert (together[row, length:] == 0).all()
     swapped, _ = mixer(x[[2, 0, 1]], lengths[[2, 0, 1]])
-    torch.testing.assert_close(swapped, together[[2, 0, 1]])
+    torch.testing.assert_close(swapped, together[[2, 0, 1]], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_fused_path_is_the_one_with_state(name, dtype):
+    mixer = MIXERS[name][0](WIDTH, state_size=4).to(dtype)
+    x, lengths = like(mixer, 2, 30, WIDTH), torch.tensor([30, 11])
+    fused, none = mixer(x, lengths)
+    stepped, state = mixer(x, lengths, mixer.start_state(2))
+    assert none is None and state is not None
+    torch.testing.assert_close(fused, stepped, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", list(MIXERS))
@@ -60,13 +82,68 @@ def test_chunks_equal_the_whole(name, cuts):
     torch.testing.assert_close(torch.cat(parts, 1), mixer(x)[0], rtol=1e-4, atol=1e-6)
 
 
+def mirrored(mixer, pairs):
+    """A mixer of the same kind whose directions have changed places."""
+    weights = mixer.state_dict()
+    swapped = {}
+    for name, value in weights.items():
+        for one, other in pairs:
+            if name.startswith(one):
+                name = other + name[len(one) :]
+                break
+            if name.startswith(other):
+                name = one + name[len(other) :]
+                break
+        swapped[name] = value
+    return swapped
+
+
 def test_swapped_directions_mirror_the_output():
-    mixer = ExtBiMamba(WIDTH, state_size=4).double()
-    mirror = ExtBiMamba(WIDTH, state_size=4).double()
-    mirror.forward_mamba.load_state_dict(mixer.backward_mamba.state_dict())
-    mirror.backward_mamba.load_state_dict(mixer.forward_mamba.state_dict())
+    for kind, options, pairs in (
+        (ExtBiMamba, {}, [("forward_mamba.", "backward_mamba.")]),
+        (
+            InnBiMamba,
+            {"share_conv": False},
+            [("conv1d.", "conv1d_b."), ("x_proj.", "x_proj_b."), ("dt_proj.", "dt_proj_b."), ("A_log", "A_b_log")]
+            + [("D_b", "D")],
+        ),
+    ):
+        mixer, mirror = (kind(WIDTH, state_size=4, **options).double() for _ in range(2))
+        with torch.no_grad():
+            for parameter in mixer.parameters():  # A and D start equal in both directions
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        mirror.load_state_dict(mirrored(mixer, pairs))
+        x = torch.randn(2, 15, WIDTH, dtype=torch.float64)
+        torch.testing.assert_close(mirror(x.flip(1))[0].flip(1), mixer(x)[0])
+
+
+def test_innbimamba_by_parts():
+    """Against two plain Mambas that share in_proj and out_proj, glued by flips."""
+    mixer = InnBiMamba(WIDTH, state_size=4, share_conv=False).double()
+    weights = mixer.state_dict()
+    parts = []
+    for suffix in ("", "_b"):
+        one = Mamba(WIDTH, state_size=4).double()
+        names = {"A_log": "A_b_log", "D": "D_b"} if suffix else {}
+        own = {}
+        for name in one.state_dict():
+            head = name.split(".")[0]
+            shared = head in ("in_proj", "out_proj")
+            own[name] = weights[name if shared else names.get(name, name.replace(head, head + suffix))]
+        one.load_state_dict(own)
+        parts.append(one)
     x = torch.randn(2, 15, WIDTH, dtype=torch.float64)
-    torch.testing.assert_close(mirror(x.flip(1))[0].flip(1), mixer(x)[0])
+    expected = parts[0](x)[0] + parts[1](x.flip(1))[0].flip(1)
+    torch.testing.assert_close(mixer(x)[0], expected)
+
+
+@pytest.mark.parametrize(("share_conv", "millions"), [(True, 82.90), (False, 83.04)])
+def test_innbimamba_base_has_paper_2s_size(share_conv, millions):
+    """12 layers of width 768, expand 3, 24 states, beside 9.643 M outside the layers (docs/papers.md 4)."""
+    mixer = InnBiMamba(768, state_size=24, expand=3, share_conv=share_conv)
+    norm = 2 * 768
+    layers = 12 * (sum(p.numel() for p in mixer.parameters()) + norm)
+    assert (layers + 9.643e6) / 1e6 == pytest.approx(millions, abs=0.02)
 
 
 def test_concat_join_leaves_the_padding_empty():
@@ -83,16 +160,6 @@ def test_dt_starts_between_1e3_and_01_or_at_0693():
         Mamba(64, dt_init="other")
 
 
-def test_convolution_by_hand():
-    x = torch.tensor([1.0, 2.0, 3.0, 4.0])[None, :, None]
-    weight = torch.tensor([[0.5, 1.0]])  # last tap: the present
-    silu = torch.nn.functional.silu
-    forward = causal_conv1d(x, weight, lengths=torch.tensor([3]))[0, :, 0]
-    torch.testing.assert_close(forward, torch.cat([silu(torch.tensor([1.0, 2.5, 4.0])), torch.zeros(1)]))
-    backward = causal_conv1d(x, weight, lengths=torch.tensor([3]), reverse=True)[0, :, 0]
-    torch.testing.assert_close(backward, torch.cat([silu(torch.tensor([2.0, 3.5, 3.0])), torch.zeros(1)]))
-
-
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_block_with_feed_forward_keeps_padding_apart(norm):
     block = EncoderBlock(WIDTH, "extbimamba", {"state_size": 4}, ffn_dim=32, norm=norm).eval()
@@ -101,7 +168,9 @@ def test_block_with_feed_forward_keeps_padding_apart(norm):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="'mambba' is not one of: mamba extbimamba"):
+    with pytest.raises(ValueError, match="'mambba' is not one of: mamba extbimamba innbimamba"):
         EncoderBlock(WIDTH, "mambba", {})
     with pytest.raises(ValueError, match="cannot run in chunks"):
         ExtBiMamba(WIDTH)(torch.randn(1, 4, WIDTH), state=())
+    with pytest.raises(ValueError, match="'concat_linear' is not one of: sum mean"):
+        InnBiMamba(WIDTH, join="concat_linear")

@@ -79,5 +79,14 @@ def _ext_bimamba(config: HubertConfig, frames: int) -> dict[str, int]:
     return parts
 
 
+def _inn_bimamba(config: HubertConfig, frames: int) -> dict[str, int]:
+    twice = {"x_proj", "dt_proj", "scan"} | (set() if config.share_conv else {"conv"})
+    return {name: macs * (2 if name in twice else 1) for name, macs in _mamba(config, frames).items()}
+
+
 # mixer -> MACs of one block, by part; the same keys as layers.block.MIXERS.
-MIXER_MACS: dict[str, Callable[[HubertConfig, int], dict[str, int]]] = {"mamba": _mamba, "extbimamba": _ext_bimamba}
+MIXER_MACS: dict[str, Callable[[HubertConfig, int], dict[str, int]]] = {
+    "mamba": _mamba,
+    "extbimamba": _ext_bimamba,
+    "innbimamba": _inn_bimamba,
+}

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from espnet_mamba.layers.bimamba import ExtBiMamba
 from espnet_mamba.layers.feed_forward import FeedForward
+from espnet_mamba.layers.innbimamba import InnBiMamba
 from espnet_mamba.layers.mamba import Mamba
 
 # name -> builder, whether it is causal. A new mixer is one file and one line here; tests run over the table.
 MIXERS: dict[str, tuple[Callable[..., nn.Module], bool]] = {
     "mamba": (Mamba, True),
     "extbimamba": (ExtBiMamba, False),
+    "innbimamba": (InnBiMamba, False),
 }
 
 

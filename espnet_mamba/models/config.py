@@ -27,7 +27,8 @@ class HubertConfig:
     state_size: int = 24  # N; paper 2 uses 24, Mamba's own default is 16
     conv_kernel: int = 4  # frames of the mixer's causal convolution
     expand: int = 3  # E / D; paper 2 uses 3, Mamba's own default is 2
-    join: str = "sum"  # how two directions meet: sum (paper 2's code) or concat_linear (paper 1)
+    join: str = "sum"  # how two directions meet: sum (paper 2's code), concat_linear (paper 1), mean (innbimamba only)
+    share_conv: bool = True  # innbimamba: both directions read one convolution (fits paper 2's 82.9 M)
     dt_init: str = "mamba"  # mamba, or bert_reset: the papers' accidental re-initialisation (docs/papers.md 9)
     ffn_dim: int = 0  # inner width of the feed-forward part; 0: none
     norm: str = "post"  # post (all of paper 2's configs) or pre
@@ -65,7 +66,9 @@ class HubertConfig:
             "expand": self.expand,
             "dt_init": self.dt_init,
         }
-        return options | ({"join": self.join} if self.mixer == "extbimamba" else {})
+        if self.mixer == "innbimamba":
+            options["share_conv"] = self.share_conv
+        return options | ({} if self.mixer == "mamba" else {"join": self.join})
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> HubertConfig:

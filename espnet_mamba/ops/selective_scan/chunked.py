@@ -3,7 +3,7 @@
 Time is cut into segments small enough to hold their ``(B, T, E, N)`` states. Inside a segment the recurrence runs over
 all chunks at once: one step per position in a chunk, then one per chunk, about ``2 sqrt(T)`` steps in all. Only the
 states at segment starts are kept; the backward pass recomputes the rest, so memory grows with ``T * E``, not
-``T * E * N``.
+``T * E * N``. A reversed scan takes the segments from the last to the first and flips one at a time.
 """
 
 from __future__ import annotations
@@ -11,7 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from espnet_mamba.ops.padding import padding_mask
+from espnet_mamba.ops.selective_scan.protocol import Direction, ScanInputs
 
 CHUNK_FRAMES = 8
 # Elements of one (B, T, E, N) work array: 4 MiB in float32. On 2 cores of a Zen 4 server, 2^18 to 2^21 took the same
@@ -19,17 +23,42 @@ CHUNK_FRAMES = 8
 SEGMENT_ELEMENTS = 1 << 20
 
 
-def scan_chunked(
-    x: Tensor, dt: Tensor, A: Tensor, Bmat: Tensor, Cmat: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
+def scan_chunked(inputs: ScanInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return what ``scan_reference`` returns, for the same arguments; differentiable in all of them."""
+    padding = padding_mask(inputs.lengths, inputs.x.shape[1])
+    with torch.autocast(device_type=inputs.x.device.type, enabled=False):
+        results = [_scan_direction(inputs.x, padding, d, inputs.dt_softplus) for d in inputs.directions]
+        y = sum(result[0] for result in results)
+        z = inputs.z if inputs.z is None or padding is None else inputs.z.masked_fill(padding, 0.0)
+        if z is not None:
+            y = y * F.silu(z)
+        if padding is not None:
+            y = y.masked_fill(padding, 0.0)
+    return y, tuple(result[1] for result in results)
+
+
+def _scan_direction(
+    x: Tensor, padding: Tensor | None, direction: Direction, dt_softplus: bool
+) -> tuple[Tensor, Tensor]:
+    """Prepare one direction: step sizes, and a step of 0, which keeps the state, in all padding."""
+    dt, A, Bmat, Cmat, D_skip, dt_bias, state, reverse = direction
+    if padding is not None:  # masked_fill, not multiplication: NaN in the padding must not come through
+        x, dt, Bmat, Cmat = (v.masked_fill(padding, 0.0) for v in (x, dt, Bmat, Cmat))
+    step = dt if dt_bias is None else dt + dt_bias
+    step = F.softplus(step) if dt_softplus else step
+    if padding is not None:
+        step = step.masked_fill(padding, 0.0)
+    if state is None:
+        state = A.new_zeros(x.shape[0], *A.shape)
     num_frames = x.shape[1]
-    padding = -num_frames % CHUNK_FRAMES
-    if padding:  # dt = 0 leaves the state untouched, so padding at the end changes nothing
-        x, dt, Bmat, Cmat = (torch.nn.functional.pad(v, (0, 0, 0, padding)) for v in (x, dt, Bmat, Cmat))
-    with torch.autocast(device_type=x.device.type, enabled=False):
-        y, last = _ChunkedScan.apply(x, dt, A, Bmat, Cmat, state)
-    return y[:, :num_frames], last
+    if num_frames % CHUNK_FRAMES:
+        fill = (0, 0, 0, -num_frames % CHUNK_FRAMES)
+        padded = [F.pad(v, fill) for v in (x, step, Bmat, Cmat)]
+        y, last = _ChunkedScan.apply(padded[0], padded[1], A, padded[2], padded[3], state, reverse)
+        y = y[:, :num_frames]
+    else:
+        y, last = _ChunkedScan.apply(x, step, A, Bmat, Cmat, state, reverse)
+    return (y if D_skip is None else y + x * D_skip), last
 
 
 def linear_recurrence_(decay: Tensor, value: Tensor, reverse: bool = False) -> Tensor:
@@ -51,7 +80,7 @@ def linear_recurrence_(decay: Tensor, value: Tensor, reverse: bool = False) -> T
     for i in list(reversed(positions))[1:] if reverse else positions[1:]:
         values[:, :, i].addcmul_(decays[:, :, i], values[:, :, i + back])
         decays[:, :, i].mul_(decays[:, :, i + back])
-    end = slice(0, 1) if reverse else slice(-1, None)
+    end = slice(0, 1) if reverse else slice(CHUNK_FRAMES - 1, CHUNK_FRAMES)
     # Hand each chunk the state that the one before it ended with.
     for c in list(reversed(chunks))[1:] if reverse else chunks[1:]:
         values[:, c].addcmul_(decays[:, c], values[:, c + back, end])
@@ -74,36 +103,50 @@ def _segment_frames(x: Tensor, num_states: int) -> int:
     return CHUNK_FRAMES * max(1, SEGMENT_ELEMENTS // max(per_chunk, 1))
 
 
+def _segments(num_frames: int, size: int, reverse: bool) -> list[slice]:
+    """Return the segments in the order in which they are scanned."""
+    parts = [slice(begin, min(begin + size, num_frames)) for begin in range(0, num_frames, size)]
+    return parts[::-1] if reverse else parts
+
+
+def _take(part: slice, reverse: bool, *tensors: Tensor) -> list[Tensor]:
+    """Cut a segment out, in scan order."""
+    return [v[:, part].flip(1) if reverse else v[:, part] for v in tensors]
+
+
 class _ChunkedScan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, Bmat: Tensor, Cmat: Tensor, state: Tensor
+        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, Bmat: Tensor, Cmat: Tensor, state: Tensor, reverse: bool
     ) -> tuple[Tensor, Tensor]:
         size = _segment_frames(x, A.shape[1])
         outputs, starts = [], []
-        for begin in range(0, x.shape[1], size):
-            part = slice(begin, begin + size)
+        for part in _segments(x.shape[1], size, reverse):
             starts.append(state)
-            states = _states_(_decays(dt[:, part], A), x[:, part], dt[:, part], Bmat[:, part], state)
-            outputs.append(torch.matmul(states, Cmat[:, part, :, None]).squeeze(-1))
+            x_s, dt_s, B_s, C_s = _take(part, reverse, x, dt, Bmat, Cmat)
+            states = _states_(_decays(dt_s, A), x_s, dt_s, B_s, state)
+            y = torch.matmul(states, C_s[..., None]).squeeze(-1)
+            outputs.append(y.flip(1) if reverse else y)
             state = states[:, -1].clone()
         ctx.save_for_backward(x, dt, A, Bmat, Cmat, *starts)
-        ctx.segment_frames = size
-        return torch.cat(outputs, dim=1), state
+        ctx.size, ctx.reverse = size, reverse
+        return torch.cat(outputs[::-1] if reverse else outputs, dim=1), state
 
     @staticmethod
-    def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, Bmat, Cmat, *starts = ctx.saved_tensors
-        size, carry, grad_A = ctx.segment_frames, grad_state, torch.zeros_like(A)
+        reverse, carry, grad_A = ctx.reverse, grad_state, torch.zeros_like(A)
         parts = []
-        for index in range(len(starts) - 1, -1, -1):
-            part = slice(index * size, (index + 1) * size)
-            arrays = (x[:, part], dt[:, part], A, Bmat[:, part], Cmat[:, part], starts[index])
-            *grads, segment_grad_A, carry = _segment_backward(*arrays, grad_y[:, part], carry)
-            grad_A += segment_grad_A
-            parts.append(grads)
-        grad_x, grad_dt, grad_B, grad_C = (torch.cat(p, dim=1) for p in zip(*reversed(parts), strict=True))
-        return grad_x, grad_dt, grad_A, grad_B, grad_C, carry
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            order = list(zip(_segments(x.shape[1], ctx.size, reverse), starts, strict=True))
+            for part, start in reversed(order):
+                x_s, dt_s, B_s, C_s, grad_s = _take(part, reverse, x, dt, Bmat, Cmat, grad_y)
+                *grads, segment_grad_A, carry = _segment_backward(x_s, dt_s, A, B_s, C_s, start, grad_s, carry)
+                grad_A += segment_grad_A
+                parts.append([g.flip(1) for g in grads] if reverse else grads)
+        in_time = parts if reverse else parts[::-1]
+        grad_x, grad_dt, grad_B, grad_C = (torch.cat(p, dim=1) for p in zip(*in_time, strict=True))
+        return grad_x, grad_dt, grad_A, grad_B, grad_C, carry, None
 
 
 def _segment_backward(
