@@ -4,15 +4,16 @@ import pytest
 import torch
 
 from espnet_mamba.layers.bimamba import ExtBiMamba
-from espnet_mamba.layers.block import MIXERS, EncoderBlock
+from espnet_mamba.layers.block import MIXERS, EncoderBlock, MacaronBlock, build_mixer
 from espnet_mamba.layers.innbimamba import InnBiMamba
 from espnet_mamba.layers.mamba import Mamba
 
 WIDTH = 16
-CAUSAL = [name for name, (_, causal) in MIXERS.items() if causal]
+CAUSAL = [name for name, kind in MIXERS.items() if kind.causal]
 
 
 # mixer, its options, the type: float64 runs the plain scan, float32 the compiled kernels where there are any
+SMALL = {"state_size": 4, "num_heads": 4, "head_dim": 8, "attention_dropout": 0.0}
 BUILDS = [(name, {}) for name in MIXERS]
 BUILDS += [("extbimamba", {"join": "concat_linear"}), ("innbimamba", {"share_conv": False, "join": "mean"})]
 
@@ -20,7 +21,12 @@ BUILDS += [("extbimamba", {"join": "concat_linear"}), ("innbimamba", {"share_con
 @pytest.fixture(params=[(*build, dtype) for build in BUILDS for dtype in (torch.float64, torch.float32)], ids=str)
 def mixer(request):
     name, options, dtype = request.param
-    return MIXERS[name][0](WIDTH, state_size=4, **options).to(dtype)
+    return build(name, **options).to(dtype)
+
+
+def build(name, **options):
+    own = {option: value for option, value in SMALL.items() if option in MIXERS[name].options}
+    return build_mixer(name, WIDTH, own | options)
 
 
 def like(mixer, *shape, **options):
@@ -52,8 +58,8 @@ def test_padding_and_batch_order_change_nothing(mixer):
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_fused_path_is_the_one_with_state(name, dtype):
-    mixer = MIXERS[name][0](WIDTH, state_size=4).to(dtype)
-    x, lengths = like(mixer, 2, 30, WIDTH), torch.tensor([30, 11])
+    mixer = build(name).to(dtype)
+    x, lengths = like(mixer, 2, 30, WIDTH), None if "attention" in name else torch.tensor([30, 11])
     fused, none = mixer(x, lengths)
     stepped, state = mixer(x, lengths, mixer.start_state(2))
     assert none is None and state is not None
@@ -62,18 +68,18 @@ def test_the_fused_path_is_the_one_with_state(name, dtype):
 
 @pytest.mark.parametrize("name", list(MIXERS))
 def test_causality_is_as_the_table_says(name):
-    mixer = MIXERS[name][0](WIDTH, state_size=4).double()
+    mixer = build(name).double()
     x = torch.randn(1, 30, WIDTH, dtype=torch.float64)
     changed = x.clone()
     changed[:, 12:] += 1.0
     same = torch.equal(mixer(x)[0][:, :12], mixer(changed)[0][:, :12])
-    assert same == MIXERS[name][1]
+    assert same == MIXERS[name].causal
 
 
 @pytest.mark.parametrize("name", CAUSAL)
 @pytest.mark.parametrize("cuts", [[1, 2, 3], [7], list(range(1, 30))])
 def test_chunks_equal_the_whole(name, cuts):
-    mixer = MIXERS[name][0](WIDTH, state_size=4)
+    mixer = build(name)
     x = torch.randn(2, 30, WIDTH)
     state, parts = mixer.start_state(2), []
     for begin, stop in zip([0, *cuts], [*cuts, 30], strict=True):
@@ -160,6 +166,43 @@ def test_dt_starts_between_1e3_and_01_or_at_0693():
         Mamba(64, dt_init="other")
 
 
+def test_macaron_block_keeps_padding_apart_and_counts_only_valid_frames():
+    block = MacaronBlock(
+        WIDTH, "extbimamba", {"state_size": 4, "join": "concat_linear"}, 32, conv_kernel=5, dropout=0.0
+    )
+    x, lengths = torch.randn(2, 12, WIDTH), torch.tensor([12, 5])
+    x[1, 5:] = 1e3
+    block.train()(x, lengths)
+    statistics = {name: value.clone() for name, value in block.conv.norm.state_dict().items()}
+    block.conv.norm.reset_running_stats()
+    x[1, 5:] = -7.0
+    block(x, lengths)
+    for name, value in block.conv.norm.state_dict().items():
+        torch.testing.assert_close(value, statistics[name])
+    block.eval()
+    torch.testing.assert_close(block(x, lengths)[0][1, :5], block(x[1:, :5])[0][0], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="cannot run in chunks"):
+        block(x, state=())
+
+
+def test_mamba2_is_mamba1_with_a_heads_channels_alike():
+    """One head of the whole width, checked frame by frame against Mamba-2's recurrence."""
+    mixer = build("mamba2", head_dim=2 * WIDTH).double()
+    x = torch.randn(1, 9, WIDTH, dtype=torch.float64)
+    z, xBC, dt = mixer.in_proj(x).split(mixer.splits, dim=-1)
+    context = torch.cat([torch.zeros(1, 3, xBC.shape[2], dtype=torch.float64), xBC], 1)
+    taps = mixer.conv1d.weight.squeeze(1)
+    state, outputs = torch.zeros(2 * WIDTH, 4, dtype=torch.float64), []
+    for t in range(9):
+        now = torch.nn.functional.silu((context[0, t : t + 4].T * taps).sum(1) + mixer.conv1d.bias)
+        u, b, c = now.split([2 * WIDTH, 4, 4])
+        step = torch.nn.functional.softplus(dt[0, t, 0] + mixer.dt_bias[0])
+        state = torch.exp(-step * mixer.A_log[0].exp()) * state + step * u[:, None] * b[None]
+        y = (state @ c + mixer.D[0] * u) * torch.nn.functional.silu(z[0, t])
+        outputs.append(y * torch.rsqrt(y.square().mean() + 1e-5) * mixer.norm.weight)
+    torch.testing.assert_close(mixer(x)[0][0], mixer.out_proj(torch.stack(outputs)))
+
+
 @pytest.mark.parametrize("norm", ["post", "pre"])
 def test_block_with_feed_forward_keeps_padding_apart(norm):
     block = EncoderBlock(WIDTH, "extbimamba", {"state_size": 4}, ffn_dim=32, norm=norm).eval()
@@ -168,9 +211,13 @@ def test_block_with_feed_forward_keeps_padding_apart(norm):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="'mambba' is not one of: mamba extbimamba innbimamba"):
+    with pytest.raises(ValueError, match="'mambba' is not one of: mamba extbimamba innbimamba mamba2"):
         EncoderBlock(WIDTH, "mambba", {})
     with pytest.raises(ValueError, match="cannot run in chunks"):
         ExtBiMamba(WIDTH)(torch.randn(1, 4, WIDTH), state=())
+    with pytest.raises(ValueError, match="5 heads do not divide the width, 16"):
+        build("attention", num_heads=5)
+    with pytest.raises(ValueError, match="does not divide the inner width, 32"):
+        build("mamba2", head_dim=5)
     with pytest.raises(ValueError, match="'concat_linear' is not one of: sum mean"):
         InnBiMamba(WIDTH, join="concat_linear")

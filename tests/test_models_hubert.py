@@ -121,9 +121,18 @@ def test_front_end_gradient_is_scaled():
     torch.testing.assert_close(grads[1], grads[0] * 0.1)
 
 
-def test_too_short_is_refused_with_the_limit():
-    with pytest.raises(ValueError, match="399 samples is shorter than one frame .400 samples, 25 ms"):
-        HubertModel(TINY)(torch.zeros(1, 399))
+def test_too_short_has_no_frames_and_is_said_once(caplog):
+    model = HubertModel(TINY).eval()
+    output = model(torch.zeros(2, 399))
+    assert [tuple(h.shape) for h in output.hidden_states] == [(2, 0, 16)] * 3 and output.num_frames.tolist() == [0, 0]
+    wavs = torch.randn(2, 4000)
+    output = model(wavs, torch.tensor([4000, 399]))
+    assert output.num_frames.tolist() == [12, 0]
+    for layer, alone in zip(output.hidden_states, model(wavs[:1]).hidden_states, strict=True):
+        torch.testing.assert_close(layer[:1], alone, rtol=1e-4, atol=1e-5)
+        assert torch.isfinite(layer).all()
+    messages = [r.message for r in caplog.records if "shorter than one frame" in r.message]
+    assert messages == ["an utterance of 399 samples is shorter than one frame (400 samples, 25 ms) and has none"]
 
 
 def test_checkpoint_round_trip(tmp_path):

@@ -38,6 +38,9 @@ def count_macs(config: HubertConfig, num_samples: int, num_classes: int = 0) -> 
     parts |= {name: config.num_layers * macs for name, macs in MIXER_MACS[config.mixer](config, frames).items()}
     if config.ffn_dim:
         parts["feed_forward"] = config.num_layers * frames * 2 * width * config.ffn_dim
+    if config.block == "macaron":
+        parts["feed_forward"] *= 2
+        parts["conv_module"] = config.num_layers * frames * width * (3 * width + config.conv_module_kernel)
     if num_classes:
         parts["head"] = frames * HEAD_DIM * (width + num_classes)
     return parts
@@ -84,9 +87,31 @@ def _inn_bimamba(config: HubertConfig, frames: int) -> dict[str, int]:
     return {name: macs * (2 if name in twice else 1) for name, macs in _mamba(config, frames).items()}
 
 
+def _mamba2(config: HubertConfig, frames: int) -> dict[str, int]:
+    width, states = config.embed_dim, config.state_size
+    inner = config.expand * width
+    return {
+        "in_proj": frames * width * (2 * inner + 2 * states + inner // config.head_dim),
+        "conv": frames * (inner + 2 * states) * config.conv_kernel,
+        "scan": frames * inner * states * SCAN_MACS,
+        "out_proj": frames * inner * width,
+    }
+
+
+def _attention(config: HubertConfig, frames: int) -> dict[str, int]:
+    """Both products over all pairs of frames: a causal kernel may skip half of them, PyTorch's counter does not."""
+    width = config.embed_dim
+    return {"qkv_proj": frames * 3 * width * width, "attention": 2 * frames * frames * width} | {
+        "out_proj": frames * width * width
+    }
+
+
 # mixer -> MACs of one block, by part; the same keys as layers.block.MIXERS.
 MIXER_MACS: dict[str, Callable[[HubertConfig, int], dict[str, int]]] = {
     "mamba": _mamba,
     "extbimamba": _ext_bimamba,
     "innbimamba": _inn_bimamba,
+    "mamba2": _mamba2,
+    "attention": _attention,
+    "causal_attention": _attention,
 }

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from espnet_mamba.layers.mamba import Mamba
+from espnet_mamba.layers.packing import Lengths
 
 JOINS = ("sum", "concat_linear")
 
@@ -33,8 +34,8 @@ class ExtBiMamba(nn.Module):
         self.backward_mamba = Mamba(*shape, reverse=True, dt_init=dt_init)
         self.join = nn.Linear(2 * embed_dim, embed_dim) if join == "concat_linear" else None
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None, state: None = None) -> tuple[Tensor, None]:
-        """Mix ``x (B, T, D)`` over both directions; ``lengths (B,)`` or None. There is no state: it needs the future.
+    def forward(self, x: Tensor, lengths: Lengths = None, state: None = None) -> tuple[Tensor, None]:
+        """Mix ``x (B, T, D)`` over both directions; ``lengths`` as in ``Mamba``. No state: it needs the future.
 
         Raises:
             ValueError: a state is given.
@@ -46,7 +47,7 @@ class ExtBiMamba(nn.Module):
         if self.join is None:
             return ahead + back, None
         y = self.join(torch.cat([ahead, back], dim=-1))
-        if lengths is not None:  # the bias would fill the padding
+        if isinstance(lengths, Tensor):  # the bias would fill the padding
             keep = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
             y = y * keep[..., None]
         return y, None

@@ -5,11 +5,14 @@ Letters: B utterances, S samples at 16 kHz, T frames at 50 Hz, C channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from espnet_mamba.layers.packing import slot_samples
 
 NORMS = ("conv_group", "conv_layer")
 
@@ -51,11 +54,39 @@ class ConvFrontEnd(nn.Module):
         length = num_samples
         for index, (conv, layer) in enumerate(zip(self.convs, self.conv_layers, strict=True)):
             x = conv(x)
-            length = None if length is None else num_conv_frames(length, [layer])
+            length = None if length is None else num_conv_frames(length, [layer]).clamp(min=0)
             if index < len(self.norms):
                 x = self.norms[index](x, length)
             x = F.gelu(x)
         return x.transpose(1, 2)
+
+    def forward_packed(self, row: Tensor, num_samples: Tensor) -> Tensor:
+        """Turn a row of audio ``(1, S)`` (``pack_waveforms``) into ``(1, F, C)``, its utterances' frames in order.
+
+        Windows over a border are computed and thrown away: less than two per utterance.
+        """
+        rate = math.prod(stride for _, _, stride in self.conv_layers)
+        slots = slot_samples(num_samples, rate)
+        begins, lengths, step = slots.cumsum(0) - slots, num_samples, 1
+        x = row[:, None]
+        for index, (conv, layer) in enumerate(zip(self.convs, self.conv_layers, strict=True)):
+            x = conv(x)
+            lengths, step = num_conv_frames(lengths, [layer]).clamp(min=0), step * layer[2]
+            if index < len(self.norms):
+                x = self._norm_packed(self.norms[index], x, (begins // step).tolist(), lengths.tolist())
+            x = F.gelu(x)
+        spans = zip((begins // rate).tolist(), lengths.tolist(), strict=True)
+        return torch.cat([x[:, :, begin : begin + length] for begin, length in spans], dim=2).transpose(1, 2)
+
+    @staticmethod
+    def _norm_packed(norm: nn.Module, x: Tensor, begins: list[int], lengths: list[int]) -> Tensor:
+        if isinstance(norm, ChannelNorm):  # no frame meets another
+            return norm(x)
+        y = torch.zeros_like(x)
+        for begin, length in zip(begins, lengths, strict=True):
+            if length:
+                y[:, :, begin : begin + length] = norm(x[:, :, begin : begin + length])
+        return y
 
 
 class UtteranceNorm(nn.Module):
@@ -74,7 +105,7 @@ class UtteranceNorm(nn.Module):
             return F.group_norm(x.float(), x.shape[1], self.weight, self.bias, self.eps).to(x.dtype)
         keep = (torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None]
         values = x.float().masked_fill(~keep, 0.0)
-        count = lengths[:, None, None].float()
+        count = lengths[:, None, None].clamp(min=1).float()
         mean = values.sum(2, keepdim=True) / count
         centred = (values - mean).masked_fill(~keep, 0.0)
         variance = centred.square().sum(2, keepdim=True) / count

@@ -13,6 +13,7 @@ import math
 from torch import Tensor, nn
 
 from espnet_mamba.layers.mamba import decay_rates, init_dt, new_A_log, new_D
+from espnet_mamba.layers.packing import Lengths, over_utterances
 from espnet_mamba.ops.mamba_inner import Branch, mamba_inner
 
 
@@ -52,25 +53,27 @@ class InnBiMamba(nn.Module):
         init_dt(self.dt_proj, dt_init)
         init_dt(self.dt_proj_b, dt_init)
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None, state: None = None) -> tuple[Tensor, None]:
-        """Mix ``x (B, T, D)`` over both directions; ``lengths (B,)`` or None. There is no state: it needs the future.
+    def forward(self, x: Tensor, lengths: Lengths = None, state: None = None) -> tuple[Tensor, None]:
+        """Mix ``x (B, T, D)`` over both directions; ``lengths`` as in ``Mamba``. No state: it needs the future.
 
         Raises:
             ValueError: a state is given.
         """
         if state is not None:
             raise ValueError("InnBiMamba reads the whole utterance and cannot run in chunks; use a causal model")
-        xz = self.in_proj(x)
+        y = over_utterances(self._mix, self.in_proj(x), lengths)
+        return self.out_proj(y * self.scale if self.scale != 1.0 else y), None
+
+    def _mix(self, xz: Tensor, lengths: Tensor | None) -> Tensor:
         ahead = self._branch(self.x_proj, self.dt_proj, self.A_log, self.D, reverse=False)
         back = self._branch(self.x_proj_b, self.dt_proj_b, self.A_b_log, self.D_b, reverse=True)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         if self.conv1d_b is None:
-            y = mamba_inner(xz, weight, bias, [ahead, back], lengths=lengths)
-        else:  # each direction gates its own part: (a + b) * g = a * g + b * g
-            weight_b, bias_b = self.conv1d_b.weight.squeeze(1), self.conv1d_b.bias
-            y = mamba_inner(xz, weight, bias, [ahead], lengths=lengths)
-            y = y + mamba_inner(xz, weight_b, bias_b, [back], conv_reverse=True, lengths=lengths)
-        return self.out_proj(y * self.scale if self.scale != 1.0 else y), None
+            return mamba_inner(xz, weight, bias, [ahead, back], lengths=lengths)
+        # each direction gates its own part: (a + b) * g = a * g + b * g
+        weight_b, bias_b = self.conv1d_b.weight.squeeze(1), self.conv1d_b.bias
+        y = mamba_inner(xz, weight, bias, [ahead], lengths=lengths)
+        return y + mamba_inner(xz, weight_b, bias_b, [back], conv_reverse=True, lengths=lengths)
 
     @staticmethod
     def _branch(x_proj: nn.Linear, dt_proj: nn.Linear, A_log: Tensor, D: Tensor, reverse: bool) -> Branch:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet_mamba.layers.packing import Lengths, over_utterances
 from espnet_mamba.ops.causal_conv1d import causal_conv1d
 from espnet_mamba.ops.mamba_inner import Branch, mamba_inner
 from espnet_mamba.ops.selective_scan import selective_scan
@@ -39,6 +40,13 @@ def new_D(inner: int) -> nn.Parameter:
     return D
 
 
+def draw_dt_bias(like: Tensor, low: float, high: float, floor: float) -> Tensor:
+    """Return biases whose softplus is log-uniform in ``[low, high]``, at least ``floor``."""
+    start, stop = math.log(low), math.log(high)
+    steps = torch.exp(torch.rand_like(like) * (stop - start) + start).clamp(min=floor)
+    return steps + torch.log(-torch.expm1(-steps))  # inverse of softplus
+
+
 @torch.no_grad()
 def init_dt(dt_proj: nn.Linear, dt_init: str) -> None:
     """Initialise the step sizes: ``mamba`` draws softplus(bias) log-uniformly from [1e-3, 0.1]; ``bert_reset``
@@ -50,9 +58,7 @@ def init_dt(dt_proj: nn.Linear, dt_init: str) -> None:
     weight, bias = dt_proj.weight, dt_proj.bias
     if dt_init == "mamba":
         nn.init.uniform_(weight, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
-        low, high = math.log(DT_MIN), math.log(DT_MAX)
-        steps = torch.exp(torch.rand_like(bias) * (high - low) + low).clamp(min=DT_FLOOR)
-        bias.copy_(steps + torch.log(-torch.expm1(-steps)))  # inverse of softplus
+        bias.copy_(draw_dt_bias(bias, DT_MIN, DT_MAX, DT_FLOOR))
     elif dt_init == "bert_reset":
         nn.init.normal_(weight, 0.0, 0.02)
         nn.init.zeros_(bias)
@@ -93,13 +99,13 @@ class Mamba(nn.Module):
         init_dt(self.dt_proj, dt_init)
 
     def forward(
-        self, x: Tensor, lengths: Tensor | None = None, state: MambaState | None = None
+        self, x: Tensor, lengths: Lengths = None, state: MambaState | None = None
     ) -> tuple[Tensor, MambaState | None]:
         """Mix frames over time.
 
         Args:
             x: ``(B, T, D)``.
-            lengths: valid frames ``(B,)``; None when nothing is padded.
+            lengths: valid frames ``(B,)``, or the utterances of a packed row; None when nothing is padded.
             state: what the last chunk returned, for a causal pass in chunks (``start_state`` for the first one).
 
         Returns:
@@ -109,8 +115,11 @@ class Mamba(nn.Module):
         if state is not None:
             return self._continue(xz, lengths, state)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        y = mamba_inner(xz, weight, bias, [self._branch()], conv_reverse=self.reverse, lengths=lengths)
-        return self.out_proj(y), None
+
+        def mix(xz: Tensor, lengths: Tensor | None) -> Tensor:
+            return mamba_inner(xz, weight, bias, [self._branch()], conv_reverse=self.reverse, lengths=lengths)
+
+        return self.out_proj(over_utterances(mix, xz, lengths)), None
 
     def _branch(self) -> Branch:
         A = decay_rates(self.A_log)

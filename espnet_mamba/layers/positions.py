@@ -7,6 +7,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from espnet_mamba.layers.packing import Lengths, over_utterances
+
 POSITIONS = ("conv", "causal_conv", "none")
 
 
@@ -31,7 +33,13 @@ class PositionalConv(nn.Module):
         """Number of future frames that an output depends on."""
         return self.right
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Add positions to ``x (B, T, D)``, whose padding must be zero: a batch mate then looks like silence's edge."""
-        context = F.pad(x.transpose(1, 2), (self.left, self.right))
-        return x + F.gelu(self.conv(context)).transpose(1, 2)
+    def forward(self, x: Tensor, lengths: Lengths = None) -> Tensor:
+        """Add positions to ``x (B, T, D)``, whose padding must be zero: a batch mate then looks like silence's edge.
+
+        ``lengths`` is read for packed rows only.
+        """
+
+        def convolve(part: Tensor, _: Tensor | None) -> Tensor:
+            return F.gelu(self.conv(F.pad(part.transpose(1, 2), (self.left, self.right)))).transpose(1, 2)
+
+        return x + over_utterances(convolve, x, lengths)

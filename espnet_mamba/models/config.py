@@ -29,14 +29,20 @@ class HubertConfig:
     expand: int = 3  # E / D; paper 2 uses 3, Mamba's own default is 2
     join: str = "sum"  # how two directions meet: sum (paper 2's code), concat_linear (paper 1), mean (innbimamba only)
     share_conv: bool = True  # innbimamba: both directions read one convolution (fits paper 2's 82.9 M)
+    head_dim: int = 64  # mamba2 only: channels that share a step size
+    num_heads: int = 12  # attention only
+    attention_dropout: float = 0.1  # attention only
     dt_init: str = "mamba"  # mamba, or bert_reset: the papers' accidental re-initialisation (docs/papers.md 9)
+    block: str = "plain"  # plain: mixer, then feed-forward; macaron: the Conformer's, paper 1's ConBiMamba
     ffn_dim: int = 0  # inner width of the feed-forward part; 0: none
+    conv_module_kernel: int = 31  # frames of a macaron block's depthwise convolution
     norm: str = "post"  # post (all of paper 2's configs) or pre
     position: str = "conv"  # conv (centred), causal_conv, none
     position_kernel: int = 128  # frames
     position_groups: int = 16
     dropout_input: float = 0.1
-    dropout: float = 0.1
+    dropout: float = 0.1  # residual branches and the input of the first block
+    activation_dropout: float = 0.0  # inside the feed-forward part
     layer_drop: float = 0.05
 
     def __post_init__(self) -> None:
@@ -57,18 +63,6 @@ class HubertConfig:
         for _, kernel, stride in self.conv_layers:
             width, rate = width + (kernel - 1) * rate, rate * stride
         return width
-
-    def mixer_options(self) -> dict[str, Any]:
-        """Return the keyword arguments of this config's mixer."""
-        options = {
-            "state_size": self.state_size,
-            "conv_kernel": self.conv_kernel,
-            "expand": self.expand,
-            "dt_init": self.dt_init,
-        }
-        if self.mixer == "innbimamba":
-            options["share_conv"] = self.share_conv
-        return options | ({} if self.mixer == "mamba" else {"join": self.join})
 
 
 def config_from_dict(values: dict[str, Any], source: str) -> HubertConfig:

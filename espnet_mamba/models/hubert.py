@@ -5,16 +5,20 @@ Letters: B utterances, S samples at 16 kHz, T frames at 50 Hz, D width, C channe
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from espnet_mamba.layers.block import MIXERS, EncoderBlock
+from espnet_mamba.layers.block import MIXERS, EncoderBlock, MacaronBlock
 from espnet_mamba.layers.conv_frontend import ConvFrontEnd, num_conv_frames
+from espnet_mamba.layers.packing import Lengths, Packing
 from espnet_mamba.layers.positions import POSITIONS, PositionalConv
 from espnet_mamba.models.config import HubertConfig
+
+log = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16000
 
@@ -35,6 +39,7 @@ class HubertModel(nn.Module):
         if config.position not in POSITIONS:
             raise ValueError(f"position: {config.position!r} is not one of: {' '.join(POSITIONS)}")
         self.config = config
+        self.said_short = False
         width, channels = config.embed_dim, config.conv_layers[-1][0]
         self.front_end = ConvFrontEnd(config.conv_layers, config.front_end)
         self.feature_norm = nn.LayerNorm(channels)
@@ -50,39 +55,80 @@ class HubertModel(nn.Module):
         )
         self.encoder_norm = nn.LayerNorm(width) if config.norm == "post" else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
-        options = config.mixer_options()
-        self.blocks = nn.ModuleList(
-            EncoderBlock(width, config.mixer, options, config.ffn_dim, config.norm, config.dropout)
-            for _ in range(config.num_layers)
-        )
+        self.blocks = nn.ModuleList(_build_block(config) for _ in range(config.num_layers))
+        log.info("%s: look-ahead: %s", config.name, self.look_ahead)
 
     def forward(
-        self, wavs: Tensor, num_samples: Tensor | None = None, frame_mask: Tensor | None = None
+        self,
+        wavs: Tensor,
+        num_samples: Tensor | None = None,
+        frame_mask: Tensor | None = None,
+        packed: bool = False,
     ) -> HubertOutput:
-        """Encode a batch.
+        """Encode a batch, or utterances packed into one row without padding.
 
         Args:
-            wavs: ``(B, S)`` in [-1, 1].
-            num_samples: valid samples ``(B,)``; None when every row is full.
-            frame_mask: ``(B, T)`` bool, frames that the mask embedding replaces; None for none.
+            wavs: ``(B, S)`` in [-1, 1]; packed, a row ``(1, S)`` of ``layers.packing.pack_waveforms``.
+            num_samples: valid samples ``(B,)``; None when every row is full. An utterance shorter than the front end's
+                receptive field has no frames; that is said once.
+            frame_mask: ``(B, T)`` bool, frames that the mask embedding replaces; None for none. Packed, ``(1, F)``.
+            packed: whether ``wavs`` is a packed row; tensors of the output are then ``(1, F, ...)``, F the sum of all
+                frames.
 
         Raises:
-            ValueError: an utterance is shorter than the front end's receptive field.
+            ValueError: a packed row without ``num_samples``.
         """
-        self._check_length(wavs, num_samples)
+        if packed:
+            return self._forward_packed(wavs, num_samples, frame_mask)
         padded = num_samples is not None and bool((num_samples < wavs.shape[1]).any())
+        if padded:  # masked_fill, not multiplication: NaN in the padding must not come through
+            wavs = wavs.masked_fill(torch.arange(wavs.shape[1], device=wavs.device) >= num_samples[:, None], 0.0)
+        if wavs.shape[1] < self.config.receptive_field:
+            return self._without_frames(wavs)
         conv = self.front_end(wavs, num_samples if padded else None)
+        lengths = self._num_frames(num_samples) if padded else None
+        counts = torch.full((wavs.shape[0],), conv.shape[1], device=conv.device) if lengths is None else lengths
+        return self._encode(conv, lengths, counts, frame_mask)
+
+    def _forward_packed(self, row: Tensor, num_samples: Tensor | None, frame_mask: Tensor | None) -> HubertOutput:
+        if num_samples is None or row.shape[0] != 1:
+            raise ValueError(f"a packed row is (1, S) with num_samples (B,), given {tuple(row.shape)}, {num_samples}")
+        packing = Packing(self._num_frames(num_samples))
+        conv = self.front_end.forward_packed(row, num_samples)
+        return self._encode(conv, packing, packing.lengths, frame_mask)
+
+    def _without_frames(self, wavs: Tensor) -> HubertOutput:
+        """Answer a batch in which no utterance reaches one frame."""
+        self._num_frames(torch.full((1,), wavs.shape[1]))
+        empty = wavs.new_zeros(wavs.shape[0], 0, self.config.embed_dim)
+        conv = wavs.new_zeros(wavs.shape[0], 0, self.config.conv_layers[-1][0])
+        counts = torch.zeros(wavs.shape[0], dtype=torch.long, device=wavs.device)
+        return HubertOutput([empty] * (self.config.num_layers + 1), counts, conv)
+
+    def _num_frames(self, num_samples: Tensor) -> Tensor:
+        frames = num_conv_frames(num_samples, self.config.conv_layers)
+        if not self.said_short and bool((frames <= 0).any()):
+            self.said_short = True
+            limit = self.config.receptive_field
+            log.warning(
+                "an utterance of %d samples is shorter than one frame (%d samples, %g ms) and has none",
+                int(num_samples.min()),
+                limit,
+                1000 * limit / SAMPLE_RATE,
+            )
+        return frames.clamp(min=0)
+
+    def _encode(self, conv: Tensor, lengths: Lengths, counts: Tensor, frame_mask: Tensor | None) -> HubertOutput:
+        """Run everything behind the front end, whose output is ``conv (B, T, C)``."""
         conv = _ScaleGradient.apply(conv, self.config.feature_grad_scale)
-        lengths = num_conv_frames(num_samples, self.config.conv_layers) if padded else None
         x = self.dropout_input(self.projection(self.feature_norm(conv)))
         if frame_mask is not None:
             x = torch.where(frame_mask[..., None], self.mask_embedding.to(x.dtype), x)
-        if lengths is not None:
-            x = x * (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[..., None]
+        if isinstance(lengths, Tensor):
+            x = x.masked_fill((torch.arange(x.shape[1], device=x.device) >= lengths[:, None])[..., None], 0.0)
         if self.position is not None:
-            x = self.position(x)
+            x = self.position(x, lengths)
         hidden_states = self._run_blocks(self.dropout(self.encoder_norm(x)), lengths)
-        counts = torch.full((wavs.shape[0],), x.shape[1], device=x.device) if lengths is None else lengths
         return HubertOutput(hidden_states, counts, conv)
 
     def extract_features(self, wavs: Tensor, num_samples: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
@@ -90,7 +136,7 @@ class HubertModel(nn.Module):
         output = self(wavs, num_samples)
         return output.hidden_states, output.num_frames
 
-    def _run_blocks(self, x: Tensor, lengths: Tensor | None) -> list[Tensor]:
+    def _run_blocks(self, x: Tensor, lengths: Lengths) -> list[Tensor]:
         hidden_states = [x]
         drop = self.config.layer_drop if self.training else 0.0
         skips = (torch.rand(len(self.blocks)) < drop).tolist() if drop else [False] * len(self.blocks)
@@ -100,25 +146,44 @@ class HubertModel(nn.Module):
             hidden_states.append(x)
         return hidden_states
 
-    def _check_length(self, wavs: Tensor, num_samples: Tensor | None) -> None:
-        shortest = wavs.shape[1] if num_samples is None else int(num_samples.min())
-        limit = self.config.receptive_field
-        if shortest < limit:
-            raise ValueError(
-                f"an utterance of {shortest} samples is shorter than one frame ({limit} samples, "
-                f"{1000 * limit / SAMPLE_RATE:g} ms); pad it or leave it out"
-            )
-
     @property
     def look_ahead_ms(self) -> float:
         """Future audio, in ms beyond a frame's own window, that its output depends on; infinite for whole utterances.
 
         A frame's own window is the front end's receptive field: 25 ms that begin with the frame.
         """
-        if self.config.front_end == "conv_group" or not MIXERS[self.config.mixer][1]:
+        if self._unbounded:
             return math.inf
         frames = 0 if self.position is None else self.position.look_ahead_frames
         return 1000.0 * frames * self.config.downsample_rate / SAMPLE_RATE
+
+    @property
+    def look_ahead(self) -> str:
+        """``look_ahead_ms`` in words, with what makes it unbounded."""
+        return f"unbounded ({', '.join(self._unbounded)})" if self._unbounded else f"{self.look_ahead_ms:g} ms"
+
+    @property
+    def _unbounded(self) -> list[str]:
+        """What lets an output see its whole utterance."""
+        config, reasons = self.config, []
+        if config.front_end == "conv_group":
+            reasons.append("GroupNorm over time")
+        if not MIXERS[config.mixer].causal or config.block == "macaron":
+            reasons.append("both directions of time")
+        return reasons
+
+
+def _build_block(config: HubertConfig) -> nn.Module:
+    if config.mixer not in MIXERS:
+        raise ValueError(f"mixer: {config.mixer!r} is not one of: {' '.join(MIXERS)}")
+    options = {name: getattr(config, name) for name in MIXERS[config.mixer].options}
+    shared = (config.embed_dim, config.mixer, options, config.ffn_dim)
+    dropouts = (config.dropout, config.activation_dropout)
+    if config.block == "plain":
+        return EncoderBlock(*shared, config.norm, *dropouts)
+    if config.block == "macaron":
+        return MacaronBlock(*shared, config.conv_module_kernel, *dropouts)
+    raise ValueError(f"block: {config.block!r} is not one of: plain macaron")
 
 
 class _ScaleGradient(torch.autograd.Function):
