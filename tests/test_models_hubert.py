@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from espnet_mamba.layers.packing import pack_waveforms
 from espnet_mamba.models.checkpoints import load_checkpoint, save_checkpoint
 from espnet_mamba.models.config import HubertConfig, config_from_dict, config_to_dict, load_config
 from espnet_mamba.models.hubert import HubertModel
@@ -108,6 +109,21 @@ def test_padded_batch_has_the_loss_of_its_utterances():
     alone = [model.hubert(wavs[i : i + 1, :n]).conv_features.square().mean(-1) for i, n in enumerate((6800, 3600))]
     torch.testing.assert_close(penalty, torch.cat([a.flatten() for a in alone]).mean())
     assert together.num_frames.tolist() == [21, 11]
+
+
+def test_packed_row_has_the_loss_of_its_utterances():
+    model = HubertForPretraining(dataclasses.replace(TINY, layer_drop=0.0), 7).eval()
+    wavs = [torch.randn(n) * 0.1 for n in (6800, 3600)]  # 21 and 11 frames
+    labels, num_samples = torch.randint(0, 7, (1, 32)), torch.tensor([6800, 3600])
+    packed = model(pack_waveforms(wavs, 320), labels, num_samples, torch.Generator().manual_seed(3))
+    padded_labels = torch.zeros(2, 21, dtype=torch.long)
+    padded_labels[0], padded_labels[1, :11] = labels[0, :21], labels[0, 21:]
+    padded_wavs = torch.nn.utils.rnn.pad_sequence(wavs, batch_first=True)
+    padded = model(padded_wavs, padded_labels, num_samples, torch.Generator().manual_seed(3))
+    for one, other in zip(packed, padded, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="labels have 31 frames, the packed audio has 32"):
+        model(pack_waveforms(wavs, 320), labels[:, :31], num_samples)
 
 
 def test_front_end_gradient_is_scaled():

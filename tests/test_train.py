@@ -217,3 +217,34 @@ def test_no_decay_where_it_would_hurt(corpus, root, tmp_path):
     kept = {names[id(p)] for g in groups if g["weight_decay"] == 0 for p in g["params"]}
     assert {n for n in names.values() if n.endswith(("A_log", ".D", "bias")) or "norm" in n} <= kept
     assert not any(n.endswith("in_proj.weight") for n in kept)
+
+
+def test_packed_batches_hold_every_utterance_and_train(corpus, root, tmp_path):
+    from espnet_mamba.train.packed_batches import packed_batches
+
+    shapes = corpus / "train/utt2num_samples"
+    batches = packed_batches(shapes, 40000, 1, seed=0)
+    samples = dict(line.split() for line in shapes.read_text().splitlines())
+    assert sorted(utt for batch in batches for utt in batch) == sorted(samples)
+    assert all(sum(int(samples[utt]) for utt in batch) <= 40000 for batch in batches)
+    assert len(packed_batches(shapes, 1, 5, seed=0)) == 2, "5 and 7 of 12: the rest joins the last"
+    rows = train(corpus, tmp_path / "a", root, "--batch_type", "packed", "--max_steps", "4", "--log_interval", "2")
+    assert [row[:2] for row in rows] == [(2, "train"), (4, "train"), (4, "valid")]
+    assert all(np.isfinite(row[2]) for row in rows)
+
+
+def test_packed_collate_is_the_padded_one_without_padding():
+    rng = np.random.default_rng(0)
+    lengths = (9000, 5000, 20000)
+    items = [
+        (f"u{n}", {"speech": rng.normal(size=n), "labels": rng.integers(0, 5, (n - 400) // 320 + 1)}) for n in lengths
+    ]
+    _, padded = HubertCollate(50, 0, train=False)(items)
+    _, packed = HubertCollate(50, 0, train=False, packed=True)(items)
+    frames = [(n - 400) // 320 + 1 for n in lengths]
+    expected = torch.cat([padded["labels"][i, :n] for i, n in enumerate(frames)])
+    assert torch.equal(packed["labels"][0], expected) and packed["num_samples"].tolist() == list(lengths)
+    assert torch.equal(packed["speech"][0, :9000], padded["speech"][0, :9000])
+    assert torch.equal(packed["speech"][0, 9280:14280], padded["speech"][1, :5000])  # slots of whole frames' steps
+    _, cropped = HubertCollate(50, 0, train=True, packed=True, max_samples=10000)(items)
+    assert cropped["num_samples"].tolist() == [9000, 5000, 400 + 30 * 320]

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from espnet_mamba.layers.conv_frontend import num_conv_frames
+from espnet_mamba.layers.packing import Packing
 from espnet_mamba.models.config import HubertConfig
-from espnet_mamba.models.hubert import HubertModel
+from espnet_mamba.models.hubert import HubertModel, HubertOutput
 from espnet_mamba.models.masking import span_mask
 
 HEAD_DIM = 256
@@ -67,14 +68,16 @@ class HubertForPretraining(nn.Module):
         """Mask, encode, and score a batch.
 
         Args:
-            speech: audio ``(B, S)``.
-            labels: one class per frame ``(B, T)``; what stands in the padding is not read.
+            speech: audio ``(B, S)``, or a packed row ``(1, S)`` of B utterances.
+            labels: one class per frame ``(B, T)``; what stands in the padding is not read. Packed, ``(1, F)``.
             num_samples: valid samples ``(B,)``; None when nothing is padded.
             generator: source of the masks, on the device of ``speech``.
 
         Raises:
             ValueError: labels and frames differ in number.
         """
+        if num_samples is not None and len(num_samples) != len(speech):
+            return self._forward_packed(speech, labels, num_samples, generator)
         if num_samples is None:
             valid_samples = torch.full((len(speech),), speech.shape[1], device=speech.device)
         else:
@@ -85,9 +88,22 @@ class HubertForPretraining(nn.Module):
             raise ValueError(f"labels have {labels.shape[1]} frames, the audio has {total}")
         mask = span_mask(num_frames, total, self.mask_probability, self.mask_span, generator=generator)
         output = self.hubert(speech, num_samples, mask)
-        hidden = output.hidden_states[-1]
         valid = torch.arange(total, device=speech.device) < num_frames[:, None]
+        return self._score(output, labels, mask, valid)
 
+    def _forward_packed(
+        self, row: Tensor, labels: Tensor, num_samples: Tensor, generator: torch.Generator | None
+    ) -> PretrainingLoss:
+        packing = Packing(num_conv_frames(num_samples, self.hubert.config.conv_layers).clamp(min=0))
+        if labels.shape[1] != packing.num_frames:
+            raise ValueError(f"labels have {labels.shape[1]} frames, the packed audio has {packing.num_frames}")
+        masking = (self.mask_probability, self.mask_span)
+        mask = packing.pack(span_mask(packing.lengths, packing.longest, *masking, generator=generator))
+        output = self.hubert(row, num_samples, mask, packed=True)
+        return self._score(output, labels, mask, torch.ones_like(mask))
+
+    def _score(self, output: HubertOutput, labels: Tensor, mask: Tensor, valid: Tensor) -> PretrainingLoss:
+        hidden = output.hidden_states[-1]
         targets = labels[mask]
         logits = self.head(hidden[mask])
         loss_sum = F.cross_entropy(logits, targets, reduction="sum")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -72,11 +72,12 @@ def counted_parameters(model: nn.Module) -> dict[str, int]:
     return dict(parts)
 
 
-def meta_model(config: HubertConfig) -> HubertModel:
-    """Build a model without memory for its weights: enough to count, and to ask for its look-ahead."""
+def look_ahead(config: HubertConfig) -> tuple[float, str]:
+    """Return what a model says of its own look-ahead: ms, infinite for the whole utterance, and the same in words."""
     check_sizes(config)
     with torch.device("meta"):
-        return HubertModel(config)
+        model = HubertModel(replace(config, num_layers=1))  # blocks are alike
+    return model.look_ahead_ms, model.look_ahead
 
 
 def check_sizes(config: HubertConfig) -> None:
@@ -236,7 +237,7 @@ def stream_state(config: HubertConfig, bytes_per_value: int = 4) -> StreamState 
         config: the model.
         bytes_per_value: 4 for float32 weights, 2 for bfloat16; the scan's state stays float32.
     """
-    if math.isinf(meta_model(config).look_ahead_ms):
+    if math.isinf(look_ahead(config)[0]):
         return None
     layers, width, inner = config.num_layers, config.embed_dim, config.expand * config.embed_dim
     inputs = [1] + [channels for channels, _, _ in config.conv_layers[:-1]]

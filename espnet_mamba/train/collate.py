@@ -1,4 +1,4 @@
-"""From loaded utterances to a batch: training crops, validation pads. Audio and labels are cut at the same frames."""
+"""From loaded utterances to a batch: training crops or packs, validation pads or packs; audio and labels alike."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from espnet_mamba.layers.packing import pack_waveforms
+
 WINDOW, HOP = 400, 320  # samples of a front-end frame, and from frame to frame
 Item = tuple[str, dict[str, np.ndarray]]
 
@@ -19,7 +21,9 @@ class HubertCollate:
     """Make ``speech (B, S)``, ``labels (B, T)`` and, when something is padded, ``num_samples (B,)``.
 
     In training every utterance is cropped to the shortest of its batch (and to ``max_samples``), so nothing is padded.
-    The crop is a pure function of (seed, epoch, utterance id): workers, ranks and a resumed run all draw the same.
+    Packed, utterances keep their length (up to ``max_samples`` in training) and become one row: ``speech (1, S)``,
+    ``labels (1, F)``, ``num_samples (B,)``. A crop is a pure function of (seed, epoch, utterance id): workers, ranks
+    and a resumed run all draw the same.
     """
 
     label_rate: int  # labels per second, 100 (MFCC) or 50
@@ -27,6 +31,7 @@ class HubertCollate:
     train: bool
     max_samples: int = 250_000
     epoch: int = 0
+    packed: bool = False
 
     def __call__(self, items: Sequence[Item]) -> tuple[list[str], dict[str, Tensor]]:
         """Collate utterances.
@@ -37,18 +42,24 @@ class HubertCollate:
         utt_ids = [utt_id for utt_id, _ in items]
         wavs = [np.asarray(data["speech"], dtype=np.float32) for _, data in items]
         labels = [frame_targets(u, len(w), d["labels"], self.label_rate) for (u, d), w in zip(items, wavs, strict=True)]
-        return utt_ids, self._crop(utt_ids, wavs, labels) if self.train else _pad(wavs, labels)
+        if self.train:
+            shortest = self.max_samples if self.packed else min(self.max_samples, *(len(wav) for wav in wavs))
+            crops = [self._crop(u, w, t, shortest) for u, w, t in zip(utt_ids, wavs, labels, strict=True)]
+            wavs, labels = [wav for wav, _ in crops], [target for _, target in crops]
+        if self.packed:
+            return utt_ids, _pack(wavs, labels)
+        if self.train:
+            return utt_ids, {"speech": torch.from_numpy(np.stack(wavs)), "labels": torch.from_numpy(np.stack(labels))}
+        return utt_ids, _pad(wavs, labels)
 
-    def _crop(self, utt_ids: list[str], wavs: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, Tensor]:
-        shortest = min(self.max_samples, *(len(wav) for wav in wavs))
-        num_frames = (shortest - WINDOW) // HOP + 1
-        rows, targets = [], []
-        for utt_id, wav, target in zip(utt_ids, wavs, labels, strict=True):
-            generator = np.random.default_rng([self.seed, self.epoch, zlib.crc32(utt_id.encode())])
-            first = int(generator.integers(0, len(target) - num_frames + 1))
-            rows.append(wav[first * HOP : first * HOP + (num_frames - 1) * HOP + WINDOW])
-            targets.append(target[first : first + num_frames])
-        return {"speech": torch.from_numpy(np.stack(rows)), "labels": torch.from_numpy(np.stack(targets))}
+    def _crop(self, utt_id: str, wav: np.ndarray, target: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
+        if self.packed and len(wav) <= longest:
+            return wav, target
+        num_frames = (longest - WINDOW) // HOP + 1
+        generator = np.random.default_rng([self.seed, self.epoch, zlib.crc32(utt_id.encode())])
+        first = int(generator.integers(0, len(target) - num_frames + 1))
+        samples = wav[first * HOP : first * HOP + (num_frames - 1) * HOP + WINDOW]
+        return samples, target[first : first + num_frames]
 
 
 def frame_targets(utt_id: str, num_samples: int, labels: np.ndarray, label_rate: int) -> np.ndarray:
@@ -65,6 +76,14 @@ def frame_targets(utt_id: str, num_samples: int, labels: np.ndarray, label_rate:
             f"have {expected}; the audio changed after labelling: rerun the targets stage"
         )
     return labels[:: 2 // step]
+
+
+def _pack(wavs: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, Tensor]:
+    return {
+        "speech": pack_waveforms([torch.from_numpy(wav) for wav in wavs], HOP),
+        "labels": torch.from_numpy(np.concatenate(labels))[None],
+        "num_samples": torch.tensor([len(wav) for wav in wavs]),
+    }
 
 
 def _pad(wavs: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from espnet_mamba.targets.labels import FrameLabels
 from espnet_mamba.train.collate import HubertCollate, frame_targets
 from espnet_mamba.train.espnet_model import ESPnetHubertModel
 from espnet_mamba.train.iterators import StepIterFactory
+from espnet_mamba.train.packed_batches import packed_batches
 from espnet_mamba.train.schedules import PolynomialWarmup
 from espnet_mamba.train.trainer import StepTrainer
 
@@ -70,7 +71,9 @@ class HubertTask(AbsTask):
     @classmethod
     def build_collate_fn(cls, args: argparse.Namespace, train: bool) -> Callable[..., Any]:
         """Return the collate function of training (crops) or validation (pads)."""
-        return HubertCollate(args.label_rate, args.seed, train, args.max_crop_samples)
+        batch_type = args.batch_type if train else args.valid_batch_type or args.batch_type
+        packed = batch_type == "packed"
+        return HubertCollate(args.label_rate, args.seed, train, args.max_crop_samples, packed=packed)
 
     @classmethod
     def build_preprocess_fn(cls, args: argparse.Namespace, train: bool) -> None:
@@ -108,18 +111,21 @@ class HubertTask(AbsTask):
         distributed = iter_options.distributed
         world = torch.distributed.get_world_size() if distributed else 1
         rank = torch.distributed.get_rank() if distributed else 0
-        batches = list(
-            build_batch_sampler(
-                type=iter_options.batch_type,
-                shape_files=iter_options.shape_files,
-                fold_lengths=args.fold_length,
-                batch_size=iter_options.batch_size,
-                batch_bins=iter_options.batch_bins,
-                sort_in_batch=args.sort_in_batch,
-                sort_batch=args.sort_batch,
-                min_batch_size=world,
+        if iter_options.batch_type == "packed":
+            batches = packed_batches(iter_options.shape_files[0], iter_options.batch_bins, world, args.seed)
+        else:
+            batches = list(
+                build_batch_sampler(
+                    type=iter_options.batch_type,
+                    shape_files=iter_options.shape_files,
+                    fold_lengths=args.fold_length,
+                    batch_size=iter_options.batch_size,
+                    batch_bins=iter_options.batch_bins,
+                    sort_in_batch=args.sort_in_batch,
+                    sort_batch=args.sort_batch,
+                    min_batch_size=world,
+                )
             )
-        )
         dataset = cls.build_dataset(args, iter_options)
         check_labels(iter_options, args.label_rate)
         return StepIterFactory(
@@ -165,4 +171,3 @@ def check_labels(iter_options: IteratorOptions, label_rate: int) -> None:
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise ValueError(f"{paths['labels']}: " + "; ".join(problems[:5]) + more)
-
