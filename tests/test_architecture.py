@@ -49,7 +49,10 @@ def test_files_and_functions_stay_small(root):
         assert text.count("\n") <= 400, path
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 70, f"{path}:{node.lineno} {node.name}"
+                # a GPU kernel is one function with a line per pointer and stride; its body may fill two screens
+                is_kernel = any("triton.jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+                first, limit = (node.body[0].lineno, 140) if is_kernel else (node.lineno, 70)
+                assert node.end_lineno - first < limit, f"{path}:{node.lineno} {node.name}"
 
 
 def test_every_command_has_help_without_heavy_imports(root):

@@ -180,10 +180,7 @@ BAD_UTTERANCES = {
         "intent_slots",
         "train-2",
     ),
-    **{
-        f"{reason} file": (lambda c, reason=reason: damage_file(c, reason), reason, "train-2")
-        for reason in BAD_FILES
-    },
+    **{f"{reason} file": (lambda c, reason=reason: damage_file(c, reason), reason, "train-2") for reason in BAD_FILES},
 }
 
 
