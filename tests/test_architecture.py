@@ -11,7 +11,7 @@ ROOMS = {  # room -> rooms it may import from
     "models": {"layers", "ops", "data"},
     "targets": {"models", "layers", "data"},
     "train": {"models", "targets", "data", "layers"},
-    "asr": {"models", "targets", "data"},
+    "asr": {"models", "targets", "data", "layers"},
     "analysis": {"models", "targets", "data", "layers"},
     "efficiency": {"models", "data", "layers", "ops"},
     "recipe": {"data"},

@@ -1,4 +1,4 @@
-"""ESPnet's ASR task with our front end and pre-encoder among its choices.
+"""ESPnet's ASR task with our front end, pre-encoder and encoder among its choices.
 
 ESPnet looks its classes up in module-level tables, so they are completed here, where the importable subclass lives:
 a worker process that unpickles the subclass imports this module and finds the same tables.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from espnet2.tasks import asr
 from espnet2.train.class_choices import ClassChoices
 
+from espnet_mamba.asr.conbimamba_encoder import ConBiMambaEncoder
 from espnet_mamba.asr.frontend import FrozenS3prlFrontend
 from espnet_mamba.asr.preencoder import StackedLinear
 
@@ -21,6 +22,7 @@ def _add(choices: ClassChoices, name: str, added: type) -> None:
 
 _add(asr.frontend_choices, "frozen_s3prl", FrozenS3prlFrontend)
 _add(asr.preencoder_choices, "stacked_linear", StackedLinear)
+_add(asr.encoder_choices, "conbimamba", ConBiMambaEncoder)
 
 
 class ASRTask(asr.ASRTask):
