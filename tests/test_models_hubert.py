@@ -85,6 +85,22 @@ def test_mask_covers_55_percent_and_no_padding():
     assert ((ends - starts) >= 10).all()
 
 
+@pytest.mark.parametrize(
+    ("frames", "least", "most"),
+    [(20, 0.65, 0.75), (30, 0.54, 0.62), (50, 0.54, 0.60), (200, 0.54, 0.58), (500, 0.54, 0.58), (1500, 0.54, 0.58)],
+)
+def test_mask_fraction_at_every_length(frames, least, most):
+    """About 55 %; at 20 frames HuBERT's least number of spans, 2 of 10 frames, covers 70 %."""
+    mask = span_mask(torch.full((2000,), frames), frames)
+    assert least < mask.float().mean().item() < most
+
+
+def test_masks_are_valid_from_one_frame_on():
+    for frames in range(1, 60):
+        mask = span_mask(torch.full((20,), frames), 64)
+        assert mask.any(1).all() and not mask[:, frames:].any()
+
+
 def test_loss_reads_masked_frames_only():
     model = HubertForPretraining(dataclasses.replace(TINY, dropout=0.0, dropout_input=0.0, layer_drop=0.0), 7)
     wavs, labels = torch.randn(2, 6800) * 0.1, torch.randint(0, 7, (2, 21))

@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 
@@ -18,6 +19,8 @@ RUN_BY = {
     "./run.sh --stage pretrain2 --stop_stage upstream": "test_end_to_end.py: test_some_stages_again",
     "./run.sh --stage superb --stop_stage superb": "test_end_to_end.py: test_some_stages_again",
     "utils/new_recipe.sh": "test_data_recipes.py",
+    "python -m espnet_mamba.bin.convert_checkpoint --help": "test_readme.py: test_small_commands",
+    "python -m espnet_mamba.bin.doctor": "test_readme.py: test_small_commands",
 }
 
 
@@ -58,3 +61,12 @@ def test_models_table_names_every_model(readme, root):
     for path in (root / "conf/models").glob("*.yaml"):
         family = re.sub(r"_(tiny|small|base)(_paper|_matched)?$", "", path.stem)
         assert f"`{family}`" in readme, path
+
+
+@pytest.mark.parametrize("command", ["convert_checkpoint --help", "doctor", "model_info --help"])
+def test_small_commands(command, root):
+    words = [sys.executable, "-m", *f"espnet_mamba.bin.{command}".split()]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) > 3, done.stderr
+    if command == "doctor":
+        assert re.search(r"^selective_scan on cpu, float32 +(cpu|torch) ", done.stdout, flags=re.M)
