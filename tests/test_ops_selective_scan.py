@@ -246,6 +246,18 @@ def test_the_check_on_first_use_leaves_the_random_state_alone(monkeypatch):
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_torchs_default_type_and_device_change_nothing():
+    tensors = inputs(2, 9, dtype=torch.float32)
+    expected = run(tensors, "auto", torch.float32)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            got = run(tensors, "auto", torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
 def test_environment_names_the_backend(monkeypatch):
     tensors = inputs(2, 9, dtype=torch.float32)
     monkeypatch.setenv(selection.FORCE, "reference")

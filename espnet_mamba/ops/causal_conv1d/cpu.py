@@ -13,6 +13,8 @@ from torch import Tensor
 
 from espnet_mamba.ops import compiled
 
+_FLOAT = {"dtype": torch.float32, "device": "cpu"}  # what the library writes, whatever torch's defaults are
+
 
 class _Frames(ctypes.Structure):  # both mirror csrc/causal_conv1d.c
     _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("time", ctypes.c_int64)]
@@ -51,7 +53,7 @@ def forward(
         MemoryError: none for the kernel's working space.
         RuntimeError: there are no compiled kernels.
     """
-    y = torch.empty(x.shape)
+    y = torch.empty(x.shape, **_FLOAT)
     held = _readable(x, weight, bias, lengths, state)
     conv = _describe(held, reverse)
     conv.y = _frames(y)
@@ -79,10 +81,10 @@ def backward(
     held = _readable(x, weight, bias, lengths, state)
     grad_y = _unit_stride(grad_y.float())
     if grad_x is None:
-        grad_x = torch.empty(x.shape)
-    grad_weight = torch.empty(weight.shape[1], weight.shape[0])
-    grad_bias = None if bias is None else torch.empty(bias.shape)
-    grad_state = None if state is None else torch.zeros(state.shape)
+        grad_x = torch.empty(x.shape, **_FLOAT)
+    grad_weight = torch.empty(weight.shape[1], weight.shape[0], **_FLOAT)
+    grad_bias = None if bias is None else torch.empty(bias.shape, **_FLOAT)
+    grad_state = None if state is None else torch.zeros(state.shape, **_FLOAT)
     conv = _describe(held, reverse)
     conv.grad_y, conv.grad_x = _frames(grad_y), _frames(grad_x)
     conv.grad_weight, conv.grad_bias, conv.grad_state = map(_address, (grad_weight, grad_bias, grad_state))

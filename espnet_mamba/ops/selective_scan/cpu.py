@@ -21,6 +21,8 @@ from espnet_mamba.ops.selective_scan.protocol import (
     ScanOutputs,
 )
 
+_FLOAT = {"dtype": torch.float32, "device": "cpu"}  # what the library writes, whatever torch's defaults are
+
 
 class _Frames(ctypes.Structure):  # these three mirror csrc/scan_tiles.h
     _fields_ = [("data", ctypes.c_void_p), ("batch", ctypes.c_int64), ("time", ctypes.c_int64)]
@@ -70,10 +72,10 @@ def _forward(variant: str | None, inputs: ScanInputs, keep: bool) -> ScanOutputs
     """Scan; see ``Kernels``. Kept per direction: a float32 state for every 16 frames, in the library's layout."""
     library = _library(variant)
     inputs = _readable(inputs)
-    y = torch.empty(inputs.x.shape)
+    y = torch.empty(inputs.x.shape, **_FLOAT)
     shape = (*inputs.x.shape, inputs.directions[0].A.shape[1])
-    last = tuple(torch.empty(shape[0], *shape[2:]) for _ in inputs.directions)
-    kept = tuple(torch.empty(library.scan_kept_floats(*shape)) for _ in inputs.directions) if keep else ()
+    last = tuple(torch.empty(shape[0], *shape[2:], **_FLOAT) for _ in inputs.directions)
+    kept = tuple(torch.empty(library.scan_kept_floats(*shape), **_FLOAT) for _ in inputs.directions) if keep else ()
     scan = _describe(inputs)
     scan.y = _frames(y)
     for i in range(len(last)):
@@ -94,11 +96,11 @@ def _backward(
     """Return all gradients; see ``Kernels``."""
     inputs = _readable(inputs)
     grad_y = _unit_stride(grad_y.float())
-    grad_x = torch.empty(inputs.x.shape)
+    grad_x = torch.empty(inputs.x.shape, **_FLOAT)
     if inputs.z is None:
         grad_z = None
     elif grad_z is None:
-        grad_z = torch.empty(inputs.z.shape)
+        grad_z = torch.empty(inputs.z.shape, **_FLOAT)
     scan = _describe(inputs)
     scan.grad_y, scan.grad_x, scan.grad_z = _frames(grad_y), _frames(grad_x), _frames(grad_z)
     of_last = [None if grad is None else grad.float().contiguous() for grad in grad_last]
@@ -141,7 +143,7 @@ def _describe(inputs: ScanInputs) -> _Scan:
 
 
 def _empty_grads(direction: Direction) -> DirectionGrads:
-    return DirectionGrads(*(None if v is None else torch.empty(v.shape) for v in direction[:-1]))
+    return DirectionGrads(*(None if v is None else torch.empty(v.shape, **_FLOAT) for v in direction[:-1]))
 
 
 def _unit_stride(frames: Tensor) -> Tensor:
