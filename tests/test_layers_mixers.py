@@ -104,6 +104,14 @@ def mirrored(mixer, pairs):
     return swapped
 
 
+def test_parameters_bear_the_names_of_mamba_ssm_and_of_vision_mamba():
+    mamba = {"in_proj.weight", "conv1d.weight", "conv1d.bias", "x_proj.weight", "dt_proj.weight", "dt_proj.bias"}
+    mamba |= {"A_log", "D", "out_proj.weight"}
+    assert set(Mamba(WIDTH).state_dict()) == mamba
+    second = {"conv1d_b.weight", "conv1d_b.bias", "x_proj_b.weight", "dt_proj_b.weight", "dt_proj_b.bias"}
+    assert set(InnBiMamba(WIDTH, share_conv=False).state_dict()) == mamba | second | {"A_b_log", "D_b"}
+
+
 def test_swapped_directions_mirror_the_output():
     for kind, options, pairs in (
         (ExtBiMamba, {}, [("forward_mamba.", "backward_mamba.")]),
