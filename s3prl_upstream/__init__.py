@@ -1,4 +1,6 @@
-"""The S3PRL face of the project: ``import s3prl_upstream`` makes the upstream ``mamba_hubert`` known to S3PRL.
+"""The S3PRL face of the project: ``import s3prl_upstream`` makes its upstreams known to S3PRL.
+
+``mamba_hubert`` reads a HuBERT's folder; ``ssamba``, ``ssamba_mean`` and ``ssamba_50hz`` read an SSAMBA's.
 
 The import costs a few milliseconds: S3PRL itself is not imported, its hub is completed when somebody imports it.
 """

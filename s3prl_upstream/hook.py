@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 HUB = "s3prl.hub"
+PREFIXES = ("mamba_", "ssamba")  # of our upstreams' names
 
 
 class HubFinder(importlib.abc.MetaPathFinder):
@@ -52,9 +53,11 @@ def install() -> None:
 
 def entries() -> dict[str, Callable[..., Any]]:
     """Return our upstreams' functions by the names under which S3PRL shall know them."""
-    from s3prl_upstream.mamba_hubert import hubconf
+    from s3prl_upstream.mamba_hubert import hubconf as hubert
+    from s3prl_upstream.ssamba import hubconf as ssamba
 
-    return {name: value for name, value in vars(hubconf).items() if name.startswith("mamba_") and callable(value)}
+    found = {**vars(hubert), **vars(ssamba)}
+    return {name: value for name, value in found.items() if name.startswith(PREFIXES) and callable(value)}
 
 
 def register(hub: ModuleType) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from omegaconf import MISSING
 
-import s3prl_upstream  # noqa: F401 - registers mamba_hubert
+import s3prl_upstream  # noqa: F401 - registers our upstreams
 from espnet_mamba.data.files import write_json
 from s3prl_upstream import compat
 

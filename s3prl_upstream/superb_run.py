@@ -86,6 +86,7 @@ def run_one(task: str, system: System, settings: dict[str, Any], out_dir: Path) 
     import omegaconf
     import torch
 
+    from espnet_mamba.models.folders import upstream_name
     from s3prl_upstream.superb import PREDICTIONS, PROBLEMS
 
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s")
@@ -95,7 +96,7 @@ def run_one(task: str, system: System, settings: dict[str, Any], out_dir: Path) 
     settings = dict(settings)
     upstream = {"name": settings.pop("filterbank", FILTERBANK)}
     if system.upstream is not None:
-        upstream = {"name": "mamba_hubert", "path_or_url": str(system.upstream)}
+        upstream = {"name": upstream_name(system.upstream), "path_or_url": str(system.upstream)}
     fixed = {
         "target_dir": str(folder / "s3prl"),
         "cache_dir": str(folder / "s3prl" / "cache"),

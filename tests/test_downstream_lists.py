@@ -83,7 +83,7 @@ def test_sets_without_transcripts_are_refused_and_empty_ones_left_out(tmp_path, 
 
 
 def test_filterbanks_differ_from_upstreams_in_features_only(root, tmp_path):
-    (tmp_path / "config.json").write_text('{"embed_dim": 128}')
+    (tmp_path / "config.json").write_text('{"format": "espnet-mamba HubertModel", "embed_dim": 128}')
     base = root / "conf" / "asr" / "train_conformer_tiny.yaml"
     upstream = system_config(base, System("pretrained", tmp_path), tmp_path, {"max_epoch": 3})
     fbank = system_config(base, System("fbank", None), tmp_path, {"max_epoch": 3})

@@ -185,8 +185,9 @@ assert "s3prl" not in sys.modules and "torch" not in sys.modules
 import espnet2.tasks.asr
 import s3prl.hub
 from s3prl_upstream import hook
-names = [name for name in s3prl.hub.options() if name.startswith("mamba_hubert")]
-assert names == ["mamba_hubert", "mamba_hubert_local"], names
+names = [name for name in s3prl.hub.options() if name.startswith(("mamba_", "ssamba"))]
+wanted = ["mamba_hubert", "mamba_hubert_local", "ssamba", "ssamba_50hz", "ssamba_local", "ssamba_mean"]
+assert sorted(names) == wanted, names
 for name in names:
     delattr(s3prl.hub, name)
 hook.install()  # S3PRL loaded first, we second

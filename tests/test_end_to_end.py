@@ -37,12 +37,42 @@ def run(root, *options, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def finished(root, tmp_path_factory):
+def checked(root, tmp_path_factory):
+    """Two minutes of speech, as stages 1 and 2 leave them."""
     where = tmp_path_factory.mktemp("mini")
     options = ["--minutes", 2, "--expdir", where / "exp", "--datadir", where / "data", "--dumpdir", where / "dump"]
-    result = run(root, *options)
+    result = run(root, *options, "--stop_stage", "check")
     assert result.returncode == 0, result.stdout[-4000:]
     return where / "exp", options
+
+
+@pytest.fixture(scope="module")
+def finished(root, checked):
+    exp, options = checked
+    result = run(root, *options)
+    assert result.returncode == 0, result.stdout[-4000:]
+    return exp, options
+
+
+def test_ssamba_from_speech_to_upstream(checked, root):
+    exp, options = checked
+    options = [*options, "--model", "ssamba_mini", "--stage", "targets1", "--stop_stage", "upstream"]
+    result = run(root, *options)
+    assert result.returncode == 0, result.stdout[-4000:]
+    for stage in ("3 (targets1)", "4 (pretrain1)", "5 (targets2)"):
+        assert f"stage {stage}: not needed, since SSAMBA predicts patches and has no targets; skipped" in result.stdout
+    assert {path.name for path in exp.iterdir() if "ssamba" in path.name} == {
+        "ssamba_mini_mini", "pretrain_ssamba_mini_mini_it2", "upstream_ssamba_mini_mini",
+        "upstream_ssamba_mini_mini_random",
+    }  # fmt: skip
+    rows = map(json.loads, (exp / "pretrain_ssamba_mini_mini_it2/train_log.jsonl").read_text().splitlines())
+    losses = [row["loss"] for row in rows if row["split"] == "valid"]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    assert result.stdout.count("'rate': 320") == 2, "both folders go through S3PRL at 50 Hz"
+    for folder in ("upstream_ssamba_mini_mini", "upstream_ssamba_mini_mini_random"):
+        assert json.loads((exp / folder / "config.json").read_text())["format"] == "espnet-mamba SsambaModel"
+    result = run(root, *options)
+    assert result.returncode == 0 and result.stdout.count("; skipped") == 5, result.stdout
 
 
 def test_all_stages(finished, root):

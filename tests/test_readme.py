@@ -17,6 +17,7 @@ RUN_BY = {
     "cd egs2/mini/ssl1": "test_recipe.py: engine",
     "./run.sh --help": "test_recipe.py: test_help_lists_every_stage_of_the_table",
     "./run.sh --stage pretrain2 --stop_stage upstream": "test_end_to_end.py: test_some_stages_again",
+    "./run.sh --model ssamba_mini": "test_end_to_end.py: test_ssamba_from_speech_to_upstream",
     "./run.sh --stage superb --stop_stage superb": "test_end_to_end.py: test_some_stages_again",
     "utils/new_recipe.sh": "test_data_recipes.py",
     "python -m espnet_mamba.bin.convert_checkpoint --help": "test_readme.py: test_small_commands",

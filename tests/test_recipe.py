@@ -59,6 +59,22 @@ def test_missing_input_names_the_stage_that_makes_it(tmp_path, table):
         make(tmp_path, table, "two")
 
 
+def test_what_an_empty_variable_names_is_not_part_of_the_run(tmp_path):
+    path = tmp_path / "stages.tsv"
+    path.write_text(HEADER + "1\tone\ttrain\t\t${labels}/x ${d}\t${d}/a ${labels}/${d}\tfirst\n")
+    (stage,) = table = read_table(path)
+    variables = {"d": str(tmp_path), "labels": ""}
+    assert stage.expand(stage.needs, variables) == [tmp_path] and stage.expand(stage.makes, variables) == [
+        tmp_path / "a"
+    ]
+    code = f"open({str(tmp_path / 'a')!r}, 'w').close()"
+    assert run_stage(table, stage, variables, tmp_path / "stages", [sys.executable, "-c", code])
+    with pytest.raises(FileNotFoundError, match="stage 1 .one. needs /none/x, which is missing"):
+        run_stage(table, stage, variables | {"labels": "/none"}, tmp_path / "stages", [sys.executable, "-c", code])
+    with pytest.raises(KeyError, match="labels"):
+        stage.expand(stage.needs, {"d": str(tmp_path)})
+
+
 def test_failure_is_recorded_and_the_next_run_resumes(tmp_path, table, capsys):
     make(tmp_path, table, "one")
     stage = find_stage(table, "two")
@@ -159,6 +175,7 @@ def test_help_lists_every_stage_of_the_table(root):
     [
         (["--modle", "x"], "unknown option --modle; did you mean --model?"),
         (["--model", "extbimamba_tny"], "did you mean extbimamba_tiny?"),
+        (["--model", "samba_tiny"], "did you mean ssamba_tiny?"),
         (["--stage", "pretrain3"], "no stage 'pretrain3'"),
         (["--corpus_dir", "/nowhere/at/all"], "no such folder"),
         (["--nj"], "--nj needs a value"),

@@ -92,16 +92,16 @@ def test_a_run_leaves_what_the_next_stages_read(undisturbed):
 
 
 def test_resumed_in_the_middle_of_an_epoch_is_the_same_run(undisturbed, corpus, root, tmp_path, monkeypatch):
-    from espnet_mamba.train.trainer import _Run
+    from espnet_mamba.train.trainer import TrainingRun
 
-    saved = _Run.save
+    saved = TrainingRun.save
 
     def save_then_die(self, step):
         saved(self, step)
         if step == 8:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(_Run, "save", save_then_die)
+    monkeypatch.setattr(TrainingRun, "save", save_then_die)
     with pytest.raises(KeyboardInterrupt):
         train(corpus, tmp_path / "r", root, "--max_steps", "12", "--log_interval", "3")
     monkeypatch.undo()

@@ -8,7 +8,7 @@ import s3prl_upstream
 from s3prl_upstream.frozen import FrozenUpstream
 from s3prl_upstream.rng import rng_preserved
 
-assert s3prl_upstream  # its import registers mamba_hubert
+assert s3prl_upstream  # its import registers our upstreams
 
 
 class FrozenS3prlFrontend(S3prlFrontend):

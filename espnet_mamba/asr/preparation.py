@@ -12,6 +12,7 @@ from espnet_mamba.asr.systems import System
 from espnet_mamba.data.files import read_json, write_text
 from espnet_mamba.data.kaldi import write_table
 from espnet_mamba.data.manifest import Utterance, read_manifest
+from espnet_mamba.models.folders import upstream_name
 
 LOGMEL = "logmel.yaml"  # beside the training configuration: what differs for filterbanks
 
@@ -51,7 +52,8 @@ def system_config(base: Path, system: System, out_dir: Path, options: dict[str, 
     else:
         width = read_json(system.upstream / "config.json")["embed_dim"]
         config = merged(config, {"preencoder_conf": {"input_size": width}})
-        config = merged(config, {"frontend_conf": {"frontend_conf": {"path_or_url": str(system.upstream)}}})
+        upstream = {"upstream": upstream_name(system.upstream), "path_or_url": str(system.upstream)}
+        config = merged(config, {"frontend_conf": {"frontend_conf": upstream}})
     tokens = out_dir.resolve() / "tokens"
     config |= {"token_type": "bpe", "token_list": str(tokens / "tokens.txt"), "bpemodel": str(tokens / "bpe.model")}
     for phase in ("train", "valid"):

@@ -22,7 +22,7 @@ def get_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run the command."""
     args = get_parser().parse_args()
-    from espnet_mamba.models.export import export_upstream
+    from espnet_mamba.models.folders import export_upstream
 
     model = export_upstream(args.model_dir, args.out_dir, args.random_dir, args.seed)
     parameters = sum(parameter.numel() for parameter in model.parameters())

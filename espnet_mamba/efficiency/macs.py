@@ -3,7 +3,7 @@
 A MAC is one multiplication with the addition that takes its result (2 FLOP). Counted: convolutions, linear layers, the
 scan, products of attention. Not counted: norms, activations, gates, exponentials, additions of biases and residuals.
 The scan is counted as SCAN_MACS per frame, channel and state: (dt x) B, decay * h + that, and C h; most counters read
-it as 0.
+it as 0. SSAMBA's filterbanks are not counted: a Fourier transform has no agreed number of MACs.
 Letters: S samples at 16 kHz, T frames at 50 Hz, D width, E = expand * D, N states, R rank of dt, K classes.
 """
 
@@ -13,6 +13,9 @@ import math
 from collections.abc import Callable
 
 from espnet_mamba.models.config import HubertConfig
+from espnet_mamba.models.ssamba.config import SsambaConfig
+from espnet_mamba.models.ssamba.features import WINDOW, num_fbank_frames
+from espnet_mamba.models.ssamba.grid import num_patch_columns
 
 SAMPLE_RATE = 16000
 SCAN_MACS = 3
@@ -46,9 +49,27 @@ def count_macs(config: HubertConfig, num_samples: int, num_classes: int = 0) -> 
     return parts
 
 
-def macs_per_second(config: HubertConfig, seconds: float) -> dict[str, float]:
+def count_ssamba_macs(config: SsambaConfig, num_samples: int) -> dict[str, int]:
+    """Return part -> MACs of SSAMBA's encoder for one utterance of ``num_samples``, without its two heads.
+
+    ValueError when the audio is shorter than one frame.
+    """
+    if num_samples < WINDOW:
+        raise ValueError(f"{num_samples} samples are shorter than one frame ({WINDOW} samples); give a longer length")
+    patches = config.num_bands * num_patch_columns(num_fbank_frames(num_samples), config.patch_size[1])
+    blocks = {name: config.depth * macs for name, macs in _inn_bimamba(config, 1 + patches).items()}
+    return {"projection": patches * config.patch_pixels * config.embed_dim} | blocks
+
+
+def shortest_samples(config: HubertConfig | SsambaConfig) -> int:
+    """Return the samples below which a model has no frame."""
+    return WINDOW if isinstance(config, SsambaConfig) else config.receptive_field
+
+
+def macs_per_second(config: HubertConfig | SsambaConfig, seconds: float) -> dict[str, float]:
     """Return part -> MACs per second of audio at a length in seconds, without the head."""
-    parts = count_macs(config, round(seconds * SAMPLE_RATE))
+    count = count_ssamba_macs if isinstance(config, SsambaConfig) else count_macs
+    parts = count(config, round(seconds * SAMPLE_RATE))
     return {name: macs / seconds for name, macs in parts.items()}
 
 
@@ -62,7 +83,7 @@ def _front_end(config: HubertConfig, num_samples: int) -> tuple[int, int]:
     return total, length
 
 
-def _mamba(config: HubertConfig, frames: int) -> dict[str, int]:
+def _mamba(config: HubertConfig | SsambaConfig, frames: int) -> dict[str, int]:
     width, states = config.embed_dim, config.state_size
     inner, rank = config.expand * width, math.ceil(width / 16)
     return {
@@ -82,7 +103,7 @@ def _ext_bimamba(config: HubertConfig, frames: int) -> dict[str, int]:
     return parts
 
 
-def _inn_bimamba(config: HubertConfig, frames: int) -> dict[str, int]:
+def _inn_bimamba(config: HubertConfig | SsambaConfig, frames: int) -> dict[str, int]:
     twice = {"x_proj", "dt_proj", "scan"} | (set() if config.share_conv else {"conv"})
     return {name: macs * (2 if name in twice else 1) for name, macs in _mamba(config, frames).items()}
 

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 
 from espnet_mamba.data.files import atomic_path, write_json
-from espnet_mamba.efficiency.macs import SCAN_MACS, macs_per_second
+from espnet_mamba.efficiency.macs import SCAN_MACS, macs_per_second, shortest_samples
 from espnet_mamba.efficiency.plots import plot_costs, plot_parts
 from espnet_mamba.efficiency.timing import measure_costs
-from espnet_mamba.models.checkpoints import load_checkpoint
 from espnet_mamba.models.config import load_config
+from espnet_mamba.models.folders import load_model
 from espnet_mamba.models.hubert import HubertModel
+from espnet_mamba.models.ssamba.model import SsambaModel
 
 MAC_MEANING = (
     "1 MAC = one multiplication and one addition; convolutions, linear layers and the scan "
@@ -26,10 +27,10 @@ MAC_MEANING = (
 )
 
 
-def open_models(upstreams: Sequence[str], configs: Sequence[str]) -> dict[str, HubertModel]:
+def open_models(upstreams: Sequence[str], configs: Sequence[str]) -> dict[str, HubertModel | SsambaModel]:
     """Return name -> model: folders with their weights, YAML configs with random ones (the cost is the same)."""
-    models: dict[str, HubertModel] = {}
-    for model in [load_checkpoint(folder) for folder in upstreams] + [HubertModel(load_config(c)) for c in configs]:
+    models: dict[str, HubertModel | SsambaModel] = {}
+    for model in [load_model(folder) for folder in upstreams] + [HubertModel(load_config(c)) for c in configs]:
         name = model.config.name
         if name in models:
             raise ValueError(f"two models are called {name!r}; give each model once")
@@ -40,11 +41,15 @@ def open_models(upstreams: Sequence[str], configs: Sequence[str]) -> dict[str, H
 
 
 def run_efficiency(
-    models: Mapping[str, HubertModel], lengths: Sequence[float], repeats: int, out_dir: str | Path, device: str
+    models: Mapping[str, HubertModel | SsambaModel],
+    lengths: Sequence[float],
+    repeats: int,
+    out_dir: str | Path,
+    device: str,
 ) -> None:
     """Measure and write efficiency.csv, macs.csv, efficiency.json, and the figures to ``out_dir``."""
     lengths = sorted(set(lengths))
-    shortest = max(model.config.receptive_field for model in models.values()) / 16000
+    shortest = max(shortest_samples(model.config) for model in models.values()) / 16000
     if lengths[0] < shortest or repeats < 1:
         raise ValueError(f"lengths {lengths[0]:g} s, repeats {repeats}: the least are {shortest:g} s (one frame) and 1")
     parts = {name: [macs_per_second(m.config, s) for s in lengths] for name, m in models.items()}

@@ -12,6 +12,7 @@ import torch
 from espnet_mamba.efficiency.macs import SAMPLE_RATE
 from espnet_mamba.efficiency.memory import peak_memory_mb
 from espnet_mamba.models.hubert import HubertModel
+from espnet_mamba.models.ssamba.model import SsambaModel
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,11 @@ class Cost:
 
 
 def measure_costs(
-    models: Sequence[HubertModel], lengths: Sequence[float], repeats: int, device: str = "cpu", warm_up: int = 2
+    models: Sequence[HubertModel | SsambaModel],
+    lengths: Sequence[float],
+    repeats: int,
+    device: str = "cpu",
+    warm_up: int = 2,
 ) -> list[list[Cost]]:
     """Return the costs of every model at every length (seconds): a list per model.
 
@@ -56,7 +61,7 @@ def measure_costs(
     ]
 
 
-def _forward(model: HubertModel, seconds: float, device: str) -> Callable[[], object]:
+def _forward(model: HubertModel | SsambaModel, seconds: float, device: str) -> Callable[[], object]:
     num_samples = round(seconds * SAMPLE_RATE)
     wav = (0.1 * torch.randn(1, num_samples, generator=torch.Generator().manual_seed(0))).to(device)
     lengths = torch.tensor([num_samples], device=device)

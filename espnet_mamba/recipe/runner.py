@@ -80,7 +80,7 @@ def _execute(
 
 def _inputs(table: Sequence[Stage], stage: Stage, variables: Mapping[str, str]) -> list[Path]:
     paths = stage.expand(stage.needs, variables)
-    for need, path in zip(stage.needs, paths, strict=True):
+    for need, path in zip(stage.applying(stage.needs, variables), paths, strict=True):
         if not path.exists():
             maker = maker_of(table, need)
             by = f"; stage {maker.number} ({maker.name}) makes it: ./run.sh --stage {maker.name}" if maker else ""

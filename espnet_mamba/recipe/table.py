@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
 from espnet_mamba.names import nearest
+
+VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,14 @@ class Stage:
     makes: tuple[str, ...]
     purpose: str
 
+    def applying(self, paths: Sequence[str], variables: Mapping[str, str]) -> list[str]:
+        """Return the templates that this run has: one that names an empty variable is left out, as the targets of a
+        model that predicts none are; KeyError when the engine did not set one."""
+        return [path for path in paths if all(variables[name] for name in VARIABLE.findall(path))]
+
     def expand(self, paths: Sequence[str], variables: Mapping[str, str]) -> list[Path]:
-        """Fill in ``variables``; KeyError when the engine did not set one."""
-        return [Path(Template(path).substitute(variables)) for path in paths]
+        """Fill in ``variables`` where they apply; KeyError when the engine did not set one."""
+        return [Path(Template(path).substitute(variables)) for path in self.applying(paths, variables)]
 
 
 def read_table(path: str | Path) -> list[Stage]:

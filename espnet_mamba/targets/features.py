@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from espnet_mamba.data.audio import read_audio
 from espnet_mamba.data.manifest import Utterance
-from espnet_mamba.models.checkpoints import load_checkpoint
+from espnet_mamba.models.folders import load_layers
 
 
 class FeatureSource(Protocol):
@@ -50,14 +50,14 @@ class SpectralSource:
 
 
 class ModelSource:
-    """All hidden states of a model folder, unmasked, without gradient."""
+    """All hidden states of a model folder, unmasked, without gradient; SSAMBA's are repeated to 50 Hz."""
 
     def __init__(self, folder: str | Path, device: str = "cpu") -> None:
-        self.model = load_checkpoint(folder).to(device)
-        config = self.model.config
-        self.device, self.hop = device, config.downsample_rate
-        self.names = [f"layer{i}" for i in range(config.num_layers + 1)]
-        self.dims = [config.embed_dim] * len(self.names)
+        loaded = load_layers(folder)
+        self.model = loaded.model.to(device)
+        self.device, self.hop = device, loaded.hop
+        self.names = [f"layer{i}" for i in range(loaded.num_layers)]
+        self.dims = [loaded.width] * len(self.names)
 
     @torch.no_grad()
     def __call__(self, wavs: Tensor, num_samples: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -6,14 +6,11 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from espnet2.samplers.build_batch_sampler import build_batch_sampler
 from espnet2.tasks.abs_task import IteratorOptions
 from espnet2.utils.nested_dict_action import NestedDictAction
 
 from espnet_mamba.models.ssamba.config import SsambaConfig, config_from_dict, config_to_dict, load_config
 from espnet_mamba.models.ssamba.pretraining import SsambaForPretraining
-from espnet_mamba.train.iterators import StepIterFactory
 from espnet_mamba.train.ssamba_model import ESPnetSsambaModel, SsambaCollate
 from espnet_mamba.train.ssamba_trainer import SsambaTrainer
 from espnet_mamba.train.task import HubertTask
@@ -67,33 +64,8 @@ class SsambaTask(HubertTask):
         return ESPnetSsambaModel(SsambaForPretraining(config))
 
     @classmethod
-    def build_sequence_iter_factory(
-        cls, args: argparse.Namespace, iter_options: IteratorOptions, mode: str
-    ) -> StepIterFactory:
-        """Cut the corpus into batches by ESPnet's sampler, and number them; there are no labels to check."""
-        distributed = iter_options.distributed
-        world = torch.distributed.get_world_size() if distributed else 1
-        rank = torch.distributed.get_rank() if distributed else 0
-        batches = build_batch_sampler(
-            type=iter_options.batch_type,
-            shape_files=iter_options.shape_files,
-            fold_lengths=args.fold_length,
-            batch_size=iter_options.batch_size,
-            batch_bins=iter_options.batch_bins,
-            sort_in_batch=args.sort_in_batch,
-            sort_batch=args.sort_batch,
-            min_batch_size=world,
-        )
-        return StepIterFactory(
-            cls.build_dataset(args, iter_options),
-            [batch[rank::world] for batch in batches],
-            iter_options.collate_fn,
-            args.seed,
-            shuffle=iter_options.train,
-            num_iters_per_epoch=iter_options.num_iters_per_epoch,
-            num_workers=args.num_workers,
-            pin_memory=args.ngpu > 0,
-        )
+    def check_data(cls, args: argparse.Namespace, iter_options: IteratorOptions) -> None:
+        """Check nothing: there are no labels."""
 
 
 def read_model_config(path: str | None, overrides: dict[str, Any]) -> SsambaConfig:

@@ -5,19 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import torch
-from espnet2.iterators.abs_iter_factory import AbsIterFactory
-from espnet2.torch_utils.device_funcs import to_device
-from espnet2.train.distributed_utils import DistributedOption
 from espnet2.utils.build_dataclass import build_dataclass
 
 from espnet_mamba.models.ssamba.checkpoints import save_checkpoint
-from espnet_mamba.train.meters import LossMeter, StepLog
-from espnet_mamba.train.ssamba_model import ESPnetSsambaModel
-from espnet_mamba.train.trainer import BEST, LAST, StepTrainer, StepTrainerOptions, _Run
+from espnet_mamba.train.meters import StepLog
+from espnet_mamba.train.trainer import StepTrainer, StepTrainerOptions, TrainingRun
 
 SHOWN = {"loss_masked": "loss_info_nce", "feature_penalty": "loss_mse"}  # the meter's names -> what they are here
 
@@ -30,8 +25,31 @@ class SsambaTrainerOptions(StepTrainerOptions):
     plateau_factor: float
 
 
+class SsambaRun(TrainingRun):
+    """One training run of SSAMBA."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.log = _NamedLog(self.log)
+
+    def validate(self, batches: Any, step: int) -> dict[str, float]:
+        """Score the validation set, keep the best model, and let the rate fall when the accuracy has stopped rising."""
+        row = super().validate(batches, step)
+        if self.scheduler is not None:
+            watch_plateau(
+                self.scheduler, row["accuracy_masked"], self.options.plateau_patience, self.options.plateau_factor
+            )
+        return row
+
+    def save_model(self, folder: Path) -> None:
+        """Write the encoder as a model folder of its own format."""
+        save_checkpoint(self.model.model.encoder, folder)
+
+
 class SsambaTrainer(StepTrainer):
     """Trains ``ESPnetSsambaModel`` to ``max_steps`` updates; validates every ``num_iters_per_epoch``."""
+
+    run_class = SsambaRun
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -44,68 +62,6 @@ class SsambaTrainer(StepTrainer):
     def build_options(cls, args: argparse.Namespace) -> SsambaTrainerOptions:
         """Pick the trainer's options from the command line's."""
         return build_dataclass(SsambaTrainerOptions, args)
-
-    @classmethod
-    def run(
-        cls,
-        model: ESPnetSsambaModel,
-        optimizers: Sequence[torch.optim.Optimizer],
-        schedulers: Sequence[Any],
-        train_iter_factory: AbsIterFactory,
-        valid_iter_factory: AbsIterFactory,
-        plot_attention_iter_factory: AbsIterFactory | None,
-        trainer_options: SsambaTrainerOptions,
-        distributed_option: DistributedOption,
-    ) -> None:
-        """Train from the newest checkpoint, if there is one and ``--resume`` is given, to the last step."""
-        run = _SsambaRun(model, optimizers[0], schedulers[0], trainer_options, distributed_option)
-        step = run.resume() if trainer_options.resume else 0
-        updates_per_epoch = max(1, train_iter_factory.iters_per_epoch // trainer_options.accum_grad)
-        if step >= trainer_options.max_steps:
-            logging.info(f"training has already reached step {step} of {trainer_options.max_steps}")
-        while step < trainer_options.max_steps:
-            epoch, done = step // updates_per_epoch + 1, step % updates_per_epoch
-            batches = train_iter_factory.build_iter(epoch, skip=done * trainer_options.accum_grad)
-            last = min(epoch * updates_per_epoch, trainer_options.max_steps)
-            run.train_steps(batches, step, last, trainer_options.log_interval or max(1, updates_per_epoch // 5))
-            step = last
-            run.validate(valid_iter_factory.build_iter(epoch), step)
-            run.save(step)
-        run.finish()
-
-
-class _SsambaRun(_Run):
-    """One training run of SSAMBA."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.log = _NamedLog(self.log)
-
-    @torch.no_grad()
-    def validate(self, batches: Any, step: int) -> None:
-        """Score the validation set, always with the same masks; keep the model of the lowest validation loss."""
-        self.model.eval()
-        meter = LossMeter()
-        generator = torch.Generator(device=self.device).manual_seed(self.options.seed)
-        for _, batch in batches:
-            batch = to_device(batch, self.device)
-            meter.add(self.model.sums(**batch, generator=generator), int(batch["num_samples"].sum()))
-        row = meter.row(self.distributed, self.device, self.model.feature_penalty_weight)
-        self.log.write("valid", step, row)
-        if self.scheduler is not None:
-            watch_plateau(
-                self.scheduler, row["accuracy_masked"], self.options.plateau_patience, self.options.plateau_factor
-            )
-        if self.rank == 0 and row["loss"] < self.best_loss:
-            self.best_loss = row["loss"]
-            save_checkpoint(self.model.model.encoder, self.output_dir / BEST)
-
-    def finish(self) -> None:
-        """Write the last model as a folder."""
-        if self.rank == 0:
-            save_checkpoint(self.model.model.encoder, self.output_dir / LAST)
-            logging.info(f"done: best validation loss {self.best_loss:.4f}; models {BEST}, {LAST} in {self.output_dir}")
-        self.log.close()
 
 
 def watch_plateau(scheduler: Any, accuracy: float, patience: int, factor: float) -> None:

@@ -104,6 +104,15 @@ class HubertTask(AbsTask):
         return ESPnetHubertModel(model, args.feature_penalty_weight)
 
     @classmethod
+    def check_data(cls, args: argparse.Namespace, iter_options: IteratorOptions) -> None:
+        """Check a set before the first step: its labels fit its audio.
+
+        Raises:
+            ValueError: names the utterances whose labels do not.
+        """
+        check_labels(iter_options, args.label_rate)
+
+    @classmethod
     def build_sequence_iter_factory(
         cls, args: argparse.Namespace, iter_options: IteratorOptions, mode: str
     ) -> StepIterFactory:
@@ -127,7 +136,7 @@ class HubertTask(AbsTask):
                 )
             )
         dataset = cls.build_dataset(args, iter_options)
-        check_labels(iter_options, args.label_rate)
+        cls.check_data(args, iter_options)
         return StepIterFactory(
             dataset,
             [batch[rank::world] for batch in batches],

@@ -40,51 +40,12 @@ class StepTrainerOptions(TrainerOptions):
     save_interval_steps: int
 
 
-class StepTrainer(Trainer):
-    """Trains ``ESPnetHubertModel`` to ``max_steps`` updates; validates every ``num_iters_per_epoch``."""
+class TrainingRun:
+    """One training run: the model and all that changes with it.
 
-    @classmethod
-    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        """Add the options that ESPnet's Trainer lacks."""
-        parser.add_argument("--max_steps", type=int, default=250_000, help="updates of the whole run, not --max_epoch")
-        parser.add_argument("--save_interval_steps", type=int, default=500, help="updates between checkpoints")
-
-    @classmethod
-    def build_options(cls, args: argparse.Namespace) -> StepTrainerOptions:
-        """Pick the trainer's options from the command line's."""
-        return build_dataclass(StepTrainerOptions, args)
-
-    @classmethod
-    def run(
-        cls,
-        model: ESPnetHubertModel,
-        optimizers: Sequence[torch.optim.Optimizer],
-        schedulers: Sequence[Any],
-        train_iter_factory: AbsIterFactory,
-        valid_iter_factory: AbsIterFactory,
-        plot_attention_iter_factory: AbsIterFactory | None,
-        trainer_options: StepTrainerOptions,
-        distributed_option: DistributedOption,
-    ) -> None:
-        """Train from the newest checkpoint, if there is one and ``--resume`` is given, to the last step."""
-        run = _Run(model, optimizers[0], schedulers[0], trainer_options, distributed_option)
-        step = run.resume() if trainer_options.resume else 0
-        updates_per_epoch = max(1, train_iter_factory.iters_per_epoch // trainer_options.accum_grad)
-        if step >= trainer_options.max_steps:
-            logging.info(f"training has already reached step {step} of {trainer_options.max_steps}")
-        while step < trainer_options.max_steps:
-            epoch, done = step // updates_per_epoch + 1, step % updates_per_epoch
-            batches = train_iter_factory.build_iter(epoch, skip=done * trainer_options.accum_grad)
-            last = min(epoch * updates_per_epoch, trainer_options.max_steps)
-            run.train_steps(batches, step, last, trainer_options.log_interval or max(1, updates_per_epoch // 5))
-            step = last
-            run.validate(valid_iter_factory.build_iter(epoch), step)
-            run.save(step)
-        run.finish()
-
-
-class _Run:
-    """One training run: the model and all that changes with it."""
+    Another objective's model has ``model``, ``sums``, ``loss`` and ``feature_penalty_weight`` like HuBERT's, and a run
+    class that says how its encoder is saved.
+    """
 
     def __init__(
         self,
@@ -179,8 +140,12 @@ class _Run:
             )
 
     @torch.no_grad()
-    def validate(self, batches: Any, step: int) -> None:
-        """Score the validation set without dropout, always with the same masks; keep the best model."""
+    def validate(self, batches: Any, step: int) -> dict[str, float]:
+        """Score the validation set without dropout, always with the same masks; keep the best model.
+
+        Returns:
+            What was logged, under the meter's names.
+        """
         self.model.eval()
         meter = LossMeter()
         generator = torch.Generator(device=self.device).manual_seed(self.options.seed)
@@ -191,7 +156,12 @@ class _Run:
         self.log.write("valid", step, row)
         if self.rank == 0 and row["loss"] < self.best_loss:
             self.best_loss = row["loss"]
-            save_checkpoint(self.model.model.hubert, self.output_dir / BEST)
+            self.save_model(self.output_dir / BEST)
+        return row
+
+    def save_model(self, folder: Path) -> None:
+        """Write the encoder, without what only pretraining needs, as a model folder."""
+        save_checkpoint(self.model.model.hubert, folder)
 
     def save(self, step: int) -> None:
         """Write the training state of ``step``, atomically, with the sums of a log line that is not yet full."""
@@ -203,6 +173,51 @@ class _Run:
     def finish(self) -> None:
         """Write the last model as a folder."""
         if self.rank == 0:
-            save_checkpoint(self.model.model.hubert, self.output_dir / LAST)
+            self.save_model(self.output_dir / LAST)
             logging.info(f"done: best validation loss {self.best_loss:.4f}; models {BEST}, {LAST} in {self.output_dir}")
         self.log.close()
+
+
+class StepTrainer(Trainer):
+    """Trains ``ESPnetHubertModel`` to ``max_steps`` updates; validates every ``num_iters_per_epoch``."""
+
+    run_class = TrainingRun  # what another objective replaces
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Add the options that ESPnet's Trainer lacks."""
+        parser.add_argument("--max_steps", type=int, default=250_000, help="updates of the whole run, not --max_epoch")
+        parser.add_argument("--save_interval_steps", type=int, default=500, help="updates between checkpoints")
+
+    @classmethod
+    def build_options(cls, args: argparse.Namespace) -> StepTrainerOptions:
+        """Pick the trainer's options from the command line's."""
+        return build_dataclass(StepTrainerOptions, args)
+
+    @classmethod
+    def run(
+        cls,
+        model: ESPnetHubertModel,
+        optimizers: Sequence[torch.optim.Optimizer],
+        schedulers: Sequence[Any],
+        train_iter_factory: AbsIterFactory,
+        valid_iter_factory: AbsIterFactory,
+        plot_attention_iter_factory: AbsIterFactory | None,
+        trainer_options: StepTrainerOptions,
+        distributed_option: DistributedOption,
+    ) -> None:
+        """Train from the newest checkpoint, if there is one and ``--resume`` is given, to the last step."""
+        run = cls.run_class(model, optimizers[0], schedulers[0], trainer_options, distributed_option)
+        step = run.resume() if trainer_options.resume else 0
+        updates_per_epoch = max(1, train_iter_factory.iters_per_epoch // trainer_options.accum_grad)
+        if step >= trainer_options.max_steps:
+            logging.info(f"training has already reached step {step} of {trainer_options.max_steps}")
+        while step < trainer_options.max_steps:
+            epoch, done = step // updates_per_epoch + 1, step % updates_per_epoch
+            batches = train_iter_factory.build_iter(epoch, skip=done * trainer_options.accum_grad)
+            last = min(epoch * updates_per_epoch, trainer_options.max_steps)
+            run.train_steps(batches, step, last, trainer_options.log_interval or max(1, updates_per_epoch // 5))
+            step = last
+            run.validate(valid_iter_factory.build_iter(epoch), step)
+            run.save(step)
+        run.finish()

@@ -34,13 +34,13 @@ minutes=25             # Minutes of speech to make, where the recipe makes its o
 bad_audio=refuse       # refuse: list every bad file and stop; skip: leave them out and list them.
 
 # Targets and pretraining (stages 3 to 7)
-model=extbimamba_tiny  # A file of conf/models, without .yaml.
+model=extbimamba_tiny  # A file of conf/models or conf/ssamba, without .yaml.
 num_clusters1=100      # Classes of iteration 1 (MFCC).
 num_clusters2=500      # Classes of iteration 2.
 target_layer=6         # Layer of iteration 1 that iteration 2's classes come from.
 kmeans_frames=500000   # Frames that k-means is fitted on.
 pretrain1_config=tiny_it1  # A file of conf/pretrain.
-pretrain2_config=tiny_it2  # A file of conf/pretrain.
+pretrain2_config=      # A file of conf/pretrain; by default tiny_it2, or ssamba_tiny for an SSAMBA model.
 pretrain_args=         # More options for both, such as "--max_steps 20".
 
 # Downstream (stages 8 to 10)
@@ -149,12 +149,21 @@ asr_dir=${expdir}/asr_${tag}
 superb_dir=${expdir}/superb_${tag}
 analysis_dir=${expdir}/analysis_${tag}
 efficiency_dir=${expdir}/efficiency_${model}
+
+kind=hubert
+model_yaml=${conf}/models/${model}.yaml
+if [ ! -f "${model_yaml}" ]; then
+    kind=ssamba
+    model_yaml=${conf}/ssamba/${model}.yaml
+    targets1='' pretrain1='' targets2='' # empty: this run has no such thing, and no stage needs it
+fi
+# shellcheck disable=SC2046
+[ -f "${model_yaml}" ] || fail "unknown model '${model}'$(nearest "${model}" \
+    $(basename -s .yaml "${conf}"/models/*.yaml "${conf}"/ssamba/*.yaml) | sed 's/--//')"
+if [ "${kind}" = ssamba ]; then : "${pretrain2_config:=ssamba_tiny}"; fi
+: "${pretrain2_config:=tiny_it2}"
 export datadir dumpdir tagdir targets1 pretrain1 targets2 pretrain2 upstream upstream_random asr_dir superb_dir \
     analysis_dir efficiency_dir
-
-# shellcheck disable=SC2046
-[ -f "${conf}/models/${model}.yaml" ] ||
-    fail "unknown model '${model}'$(nearest "${model}" $(basename -s .yaml "${conf}"/models/*.yaml) | sed 's/--//')"
 
 if [ -z "${ESPNET_MAMBA_NO_SETUP:-}" ]; then
     "${root}/utils/setup_env.sh"
@@ -171,25 +180,36 @@ run() { # run NAME COMMAND...: the stage NAME is COMMAND
 }
 module() { echo "${python} -m espnet_mamba.bin.$1"; }
 
-train_launcher() { # how pretraining starts: one process, ESPnet's own spawn over GPUs, or torchrun over CPU processes
+train_launcher() { # train_launcher MODULE: one process, ESPnet's own spawn over GPUs, or torchrun over CPU processes
     if [ "${ngpu}" -gt 1 ]; then
-        echo "$(module hubert_train) --ngpu ${ngpu} --multiprocessing_distributed true"
+        echo "$(module "$1") --ngpu ${ngpu} --multiprocessing_distributed true"
     elif [ "${ngpu}" -eq 0 ] && [ "${nproc}" -gt 1 ]; then
-        echo "torchrun --standalone --nproc_per_node ${nproc} -m espnet_mamba.bin.hubert_train --ngpu 0 --dist_backend gloo"
+        echo "torchrun --standalone --nproc_per_node ${nproc} -m espnet_mamba.bin.$1 --ngpu 0 --dist_backend gloo"
     else
-        echo "$(module hubert_train) --ngpu ${ngpu}"
+        echo "$(module "$1") --ngpu ${ngpu}"
     fi
 }
 
 pretrain() { # pretrain STAGE CONFIG TARGETS OUTPUT LABEL_RATE NUM_CLASSES
     local raw=${dumpdir}/raw
     # shellcheck disable=SC2046,SC2086
-    run "$1" $(train_launcher) --config "${conf}/pretrain/$2.yaml" --model "${conf}/models/${model}.yaml" \
+    run "$1" $(train_launcher hubert_train) --config "${conf}/pretrain/$2.yaml" --model "${model_yaml}" \
         --output_dir "$4" --label_rate "$5" --num_classes "$6" --seed "${seed}" \
         --train_data_path_and_name_and_type "${raw}/train/wav.scp,speech,sound" \
         --train_data_path_and_name_and_type "$3/train.npy,labels,frame_labels" \
         --valid_data_path_and_name_and_type "${raw}/dev/wav.scp,speech,sound" \
         --valid_data_path_and_name_and_type "$3/dev.npy,labels,frame_labels" \
+        --train_shape_file "${raw}/train/utt2num_samples" --valid_shape_file "${raw}/dev/utt2num_samples" \
+        ${pretrain_args}
+}
+
+pretrain_ssamba() { # its one iteration: no labels
+    local raw=${dumpdir}/raw
+    # shellcheck disable=SC2046,SC2086
+    run pretrain2 $(train_launcher ssamba_train) --config "${conf}/pretrain/${pretrain2_config}.yaml" \
+        --model "${model_yaml}" --output_dir "${pretrain2}" --seed "${seed}" \
+        --train_data_path_and_name_and_type "${raw}/train/wav.scp,speech,sound" \
+        --valid_data_path_and_name_and_type "${raw}/dev/wav.scp,speech,sound" \
         --train_shape_file "${raw}/train/utt2num_samples" --valid_shape_file "${raw}/dev/utt2num_samples" \
         ${pretrain_args}
 }
@@ -219,6 +239,10 @@ stage_targets2() {
         --max_frames "${kmeans_frames}" --seed "${seed}" --num_shards "${nj}" --device "$(device)"
 }
 stage_pretrain2() {
+    if [ "${kind}" = ssamba ]; then
+        pretrain_ssamba
+        return
+    fi
     pretrain pretrain2 "${pretrain2_config}" "${targets2}" "${pretrain2}" 50 "${num_clusters2}"
 }
 stage_upstream() {
@@ -253,10 +277,10 @@ stage_efficiency() {
 }
 stage_report() {
     run report "${python}" -m espnet_mamba.bin.report --tag "${tag}" --out_dir "${tagdir}" \
-        --stages_dir "${tagdir}/stages" --targets "${targets1}" "${targets2}" \
-        --pretrain "${pretrain1}" "${pretrain2}" --asr_dir "${asr_dir}" --superb_dir "${superb_dir}" \
+        --stages_dir "${tagdir}/stages" --targets ${targets1:+"${targets1}"} ${targets2:+"${targets2}"} \
+        --pretrain ${pretrain1:+"${pretrain1}"} "${pretrain2}" --asr_dir "${asr_dir}" --superb_dir "${superb_dir}" \
         --analysis_dir "${analysis_dir}" --efficiency_dir "${efficiency_dir}" \
-        --config "${conf}/models/${model}.yaml" "${conf}/pretrain/${pretrain1_config}.yaml" \
+        --config "${model_yaml}" ${pretrain1:+"${conf}/pretrain/${pretrain1_config}.yaml"} \
         "${conf}/pretrain/${pretrain2_config}.yaml" "${conf}/asr/${asr_config}.yaml"
 }
 
@@ -265,6 +289,10 @@ while IFS=$'\t' read -r number name group _; do
     group_skip=skip_${group}
     if [[ ${skipped} == *" ${name} "* || ${!group_skip} == true ]]; then
         log "stage ${number} (${name}): skipped, as asked"
+        continue
+    fi
+    if [ "${kind}" = ssamba ] && [[ " targets1 pretrain1 targets2 " == *" ${name} "* ]]; then
+        echo "stage ${number} (${name}): not needed, since SSAMBA predicts patches and has no targets; skipped"
         continue
     fi
     "stage_${name}" < /dev/null
