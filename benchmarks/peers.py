@@ -187,7 +187,7 @@ def _compiled(case: Case) -> Job:
     spec = importlib.util.spec_from_file_location("chunked_compiled", chunked.__file__)
     module = importlib.util.module_from_spec(spec)  # a copy of its own: the plain form runs in the same process
     spec.loader.exec_module(module)
-    for name in ("_states_", "_segment_backward"):
+    for name in ("_states", "_segment_backward"):
         setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
 
     def scan(x: Tensor, dt: Tensor, A: Tensor, Bmat: Tensor, Cmat: Tensor, D_skip: Tensor, **rest: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""The selective scan in plain PyTorch without a Python step per frame, for any device and float type.
+"""The selective scan in plain PyTorch, for any device and float type.
 
-Time is cut into segments small enough to hold their ``(B, T, E, N)`` states. Inside a segment the recurrence runs over
-all chunks at once: one step per position in a chunk, then one per chunk, about ``2 sqrt(T)`` steps in all. Only the
-states at segment starts are kept; the backward pass recomputes the rest, so memory grows with ``T * E``, not
+Time is cut into segments whose states ``(T, B, E, N)`` fit a cache; they live in work arrays that all segments share.
+Inside a segment, time comes first in memory, so that a step of the recurrence is one operation on contiguous arrays.
+Only the states at segment starts are kept; the backward pass recomputes the rest, so memory grows with ``T * E``, not
 ``T * E * N``. A reversed scan takes the segments from the last to the first and flips one at a time.
 """
 
@@ -17,10 +17,8 @@ from torch import Tensor
 from espnet_mamba.ops.padding import padding_mask
 from espnet_mamba.ops.selective_scan.protocol import Direction, ScanInputs
 
-CHUNK_FRAMES = 8
-# Elements of one (B, T, E, N) work array: 4 MiB in float32. On 2 cores of a Zen 4 server, 2^18 to 2^21 took the same
-# time for (B, E, T, N) = (16, 256, 152, 16) and 2^22 half as much again.
-SEGMENT_ELEMENTS = 1 << 20
+SEGMENT_ELEMENTS = 1 << 20  # elements of one work array: 4 MiB in float32
+LONGEST_SEGMENT = 64  # frames
 
 
 def scan_chunked(inputs: ScanInputs) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -50,68 +48,42 @@ def _scan_direction(
         step = step.masked_fill(padding, 0.0)
     if state is None:
         state = A.new_zeros(x.shape[0], *A.shape)
-    num_frames = x.shape[1]
-    if num_frames % CHUNK_FRAMES:
-        fill = (0, 0, 0, -num_frames % CHUNK_FRAMES)
-        padded = [F.pad(v, fill) for v in (x, step, Bmat, Cmat)]
-        y, last = _ChunkedScan.apply(padded[0], padded[1], A, padded[2], padded[3], state, reverse)
-        y = y[:, :num_frames]
-    else:
-        y, last = _ChunkedScan.apply(x, step, A, Bmat, Cmat, state, reverse)
+    y, last = _ChunkedScan.apply(x, step, A, Bmat, Cmat, state, reverse)
     return (y if D_skip is None else y + x * D_skip), last
 
 
-def linear_recurrence_(decay: Tensor, value: Tensor, reverse: bool = False) -> Tensor:
-    """Overwrite ``value`` by ``h_t = decay_t h_{t-1} + value_t`` with ``h_{-1} = 0``; destroys ``decay``.
-
-    Args:
-        decay: ``(B, T, E, N)``, T a multiple of ``CHUNK_FRAMES``.
-        value: ``(B, T, E, N)``.
-        reverse: run from the last frame to the first, ``h_t = decay_t h_{t+1} + value_t``.
-
-    Returns:
-        ``value``.
-    """
-    shape = (decay.shape[0], -1, CHUNK_FRAMES, *decay.shape[2:])
-    decays, values = decay.view(shape), value.view(shape)
-    back = 1 if reverse else -1  # where the frame before stands
-    positions, chunks = range(CHUNK_FRAMES), range(values.shape[1])
-    # Every chunk from a zero state; the decays become products since the chunk's start.
-    for i in list(reversed(positions))[1:] if reverse else positions[1:]:
-        values[:, :, i].addcmul_(decays[:, :, i], values[:, :, i + back])
-        decays[:, :, i].mul_(decays[:, :, i + back])
-    end = slice(0, 1) if reverse else slice(CHUNK_FRAMES - 1, CHUNK_FRAMES)
-    # Hand each chunk the state that the one before it ended with.
-    for c in list(reversed(chunks))[1:] if reverse else chunks[1:]:
-        values[:, c].addcmul_(decays[:, c], values[:, c + back, end])
-    return value
-
-
-def _states_(decay: Tensor, x: Tensor, dt: Tensor, Bmat: Tensor, state: Tensor) -> Tensor:
-    """Return all states of a segment ``(B, T, E, N)`` from its decays ``exp(dt A)``, which are destroyed."""
-    value = (dt * x)[..., None] * Bmat[:, :, None]
-    value[:, 0].addcmul_(decay[:, 0], state)
-    return linear_recurrence_(decay, value)
-
-
-def _decays(dt: Tensor, A: Tensor) -> Tensor:
-    return torch.mul(dt[..., None], A).exp_()
-
-
-def _segment_frames(x: Tensor, num_states: int) -> int:
-    per_chunk = x.shape[0] * x.shape[2] * num_states * CHUNK_FRAMES
-    return CHUNK_FRAMES * max(1, SEGMENT_ELEMENTS // max(per_chunk, 1))
-
-
-def _segments(num_frames: int, size: int, reverse: bool) -> list[slice]:
+def _segments(x: Tensor, num_states: int, reverse: bool) -> list[slice]:
     """Return the segments in the order in which they are scanned."""
-    parts = [slice(begin, min(begin + size, num_frames)) for begin in range(0, num_frames, size)]
+    per_frame = max(x.shape[0] * x.shape[2] * num_states, 1)
+    size = min(LONGEST_SEGMENT, max(1, SEGMENT_ELEMENTS // per_frame))
+    parts = [slice(begin, min(begin + size, x.shape[1])) for begin in range(0, x.shape[1], size)]
     return parts[::-1] if reverse else parts
 
 
-def _take(part: slice, reverse: bool, *tensors: Tensor) -> list[Tensor]:
-    """Cut a segment out, in scan order."""
-    return [v[:, part].flip(1) if reverse else v[:, part] for v in tensors]
+def _cut(part: slice, reverse: bool, *tensors: Tensor) -> list[Tensor]:
+    """Cut a segment out of ``(B, T, ...)``, time first and in scan order."""
+    return [(v[:, part].flip(1) if reverse else v[:, part]).transpose(0, 1) for v in tensors]
+
+
+def _put(target: Tensor, part: slice, reverse: bool, segment: Tensor) -> None:
+    """Write a segment ``(T, B, ...)`` where it belongs in ``(B, T, ...)``."""
+    target[:, part] = (segment.flip(0) if reverse else segment).transpose(0, 1)
+
+
+def _states(work: list[Tensor], x: Tensor, dt: Tensor, A: Tensor, Bmat: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a segment's decays ``exp(dt A)`` ``(T, B, E, N)``, and its states with the one before ``(T + 1, ...)``."""
+    decay = torch.mul(dt[..., None], A, out=work[0][: len(x)]).exp_()
+    states = work[1][: len(x) + 1]
+    states[0] = state
+    torch.mul((dt * x)[..., None], Bmat[:, :, None], out=states[1:])
+    for t in range(len(x)):
+        states[t + 1].addcmul_(decay[t], states[t])
+    return decay, states
+
+
+def _work(parts: list[slice], state: Tensor, count: int) -> list[Tensor]:
+    longest = max(part.stop - part.start for part in parts)
+    return [state.new_empty(longest + 1, *state.shape) for _ in range(count)]
 
 
 class _ChunkedScan(torch.autograd.Function):
@@ -119,59 +91,58 @@ class _ChunkedScan(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, dt: Tensor, A: Tensor, Bmat: Tensor, Cmat: Tensor, state: Tensor, reverse: bool
     ) -> tuple[Tensor, Tensor]:
-        size = _segment_frames(x, A.shape[1])
-        outputs, starts = [], []
-        for part in _segments(x.shape[1], size, reverse):
+        parts, starts, y = _segments(x, A.shape[1], reverse), [], x.new_empty(x.shape)
+        work = _work(parts, state, 2)
+        for part in parts:
             starts.append(state)
-            x_s, dt_s, B_s, C_s = _take(part, reverse, x, dt, Bmat, Cmat)
-            states = _states_(_decays(dt_s, A), x_s, dt_s, B_s, state)
-            y = torch.matmul(states, C_s[..., None]).squeeze(-1)
-            outputs.append(y.flip(1) if reverse else y)
-            state = states[:, -1].clone()
+            x_s, dt_s, B_s, C_s = _cut(part, reverse, x, dt, Bmat, Cmat)
+            _, states = _states(work, x_s, dt_s, A, B_s, state)
+            _put(y, part, reverse, torch.matmul(states[1:], C_s[..., None]).squeeze(-1))
+            state = states[-1].clone()
         ctx.save_for_backward(x, dt, A, Bmat, Cmat, *starts)
-        ctx.size, ctx.reverse = size, reverse
-        return torch.cat(outputs[::-1] if reverse else outputs, dim=1), state
+        ctx.reverse = reverse
+        return y, state
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
         x, dt, A, Bmat, Cmat, *starts = ctx.saved_tensors
         reverse, carry, grad_A = ctx.reverse, grad_state, torch.zeros_like(A)
-        parts = []
+        grads = [torch.empty_like(v, memory_format=torch.contiguous_format) for v in (x, dt, Bmat, Cmat)]
+        parts = _segments(x, A.shape[1], reverse)
+        work = _work(parts, carry, 4)
         with torch.autocast(device_type=x.device.type, enabled=False):
-            order = list(zip(_segments(x.shape[1], ctx.size, reverse), starts, strict=True))
-            for part, start in reversed(order):
-                x_s, dt_s, B_s, C_s, grad_s = _take(part, reverse, x, dt, Bmat, Cmat, grad_y)
-                *grads, segment_grad_A, carry = _segment_backward(x_s, dt_s, A, B_s, C_s, start, grad_s, carry)
-                grad_A += segment_grad_A
-                parts.append([g.flip(1) for g in grads] if reverse else grads)
-        in_time = parts if reverse else parts[::-1]
-        grad_x, grad_dt, grad_B, grad_C = (torch.cat(p, dim=1) for p in zip(*in_time, strict=True))
+            for part, start in reversed(list(zip(parts, starts, strict=True))):
+                x_s, dt_s, B_s, C_s, grad_s = _cut(part, reverse, x, dt, Bmat, Cmat, grad_y)
+                *of_frames, of_A, carry = _segment_backward(work, (x_s, dt_s, A, B_s, C_s), start, grad_s, carry)
+                for target, segment in zip(grads, of_frames, strict=True):
+                    _put(target, part, reverse, segment)
+                grad_A += of_A
+        grad_x, grad_dt, grad_B, grad_C = grads
         return grad_x, grad_dt, grad_A, grad_B, grad_C, carry, None
 
 
 def _segment_backward(
-    x: Tensor, dt: Tensor, A: Tensor, Bmat: Tensor, Cmat: Tensor, state: Tensor, grad_y: Tensor, carry: Tensor
+    work: list[Tensor], inputs: tuple[Tensor, ...], state: Tensor, grad_y: Tensor, carry: Tensor
 ) -> tuple[Tensor, ...]:
     """Gradients of one segment: of x, dt, Bmat, Cmat (its frames), of A, and of the state before it.
 
     With ``g_t = dL/dh_t = grad_y_t C_t + exp(dt_{t+1} A) g_{t+1}``, a recurrence that runs backwards in time; ``carry``
     is the gradient that reaches the segment's last state from later frames.
     """
-    decay = _decays(dt, A)
-    states = _states_(decay.clone(), x, dt, Bmat, state)
-    grad_C = torch.matmul(grad_y[:, :, None], states).squeeze(2)
-    grad = grad_y[..., None] * Cmat[:, :, None]
-    grad[:, -1] += carry
-    next_decay = torch.cat([decay[:, 1:], torch.ones_like(decay[:, :1])], dim=1)
-    linear_recurrence_(next_decay, grad, reverse=True)
-
+    x, dt, A, Bmat, Cmat = inputs
+    decay, states = _states(work, x, dt, A, Bmat, state)
+    grad = torch.mul(grad_y[..., None], Cmat[:, :, None], out=work[2][: len(x)])
+    grad[-1] += carry
+    for t in range(len(x) - 2, -1, -1):
+        grad[t].addcmul_(decay[t + 1], grad[t + 1])
     scaled_input = dt * x
+    grad_C = torch.matmul(grad_y[:, :, None], states[1:]).squeeze(2)
     grad_B = torch.matmul(scaled_input[:, :, None], grad).squeeze(2)
     grad_scaled_input = torch.matmul(grad, Bmat[..., None]).squeeze(-1)
-    grad.mul_(decay)  # now the gradient that reaches the state one frame earlier
-    carry = grad[:, 0].clone()
-    grad[:, 1:].mul_(states[:, :-1])
-    grad[:, 0].mul_(state)  # now the gradient of the exponent dt A
-    grad_A = torch.einsum("bten,bte->en", grad, dt)
-    grad_dt = grad_scaled_input * x + torch.einsum("bten,en->bte", grad, A)
+    decay.mul_(grad)  # now the gradient that reaches the state one frame earlier
+    carry = decay[0].clone()
+    decay.mul_(states[:-1])  # now the gradient of the exponent dt A
+    product = work[3][: len(x)]
+    grad_dt = grad_scaled_input * x + torch.mul(decay, A, out=product).sum(-1)
+    grad_A = torch.mul(decay, dt[..., None], out=product).sum((0, 1))
     return grad_scaled_input * dt, grad_dt, grad_B, grad_C, grad_A, carry
