@@ -28,6 +28,10 @@ mine_utterances: 3
 mine_paper: {epochs: 2, minibatch: 32}
 bounds: {steps: 10, batch_frames: 48, check_every: 5, check_frames: 100, held_out_frames: 200, seeds: 2, resamples: 50}
 purity: {clusters: [4, 8], iterations: 5, resamples: 50}
+similarity: {folds: 4, nulls: 2, cca: {trials: 2}}
+probes: {resamples: 50, null_draws: 2}
+reconstruction: {hidden: 4, steps: 10, check_every: 5, seeds: 2, resamples: 50}
+discrete: {clusters: [4], iterations: 5, shuffles: 2, resamples: 50}
 """
 
 
@@ -98,7 +102,7 @@ def test_every_layer_of_every_system_is_measured(results):
     assert measured == {
         (system, estimator, reference, layer)
         for system in ("pretrained", "random")
-        for estimator in ("mine_paper", "dv_heldout", "infonce_heldout")
+        for estimator in ("mine_paper", *(f"{name}_heldout" for name in ("dv", "infonce", "smile", "nwj")))
         for reference, own in layers.items()
         for layer in own
     }
@@ -109,6 +113,19 @@ def test_every_layer_of_every_system_is_measured(results):
     assert len(spoken) == 2 * (3 + 3 + 1)
     assert {row.num_frames for row in spoken} == {8 * 30}  # 0.6 s of two tones at 50 Hz in each utterance
     assert next(r for r in spoken if r.system == "fbank" and r.estimator == "kmeans8").value > 0.95
+
+
+def test_other_measures_stand_in_one_table_with_a_figure_each(results):
+    rows = read_table_csv(results / "layers.csv")
+    measures = {row.measure for row in rows}
+    assert {"phone_accuracy", "reconstruction", "cca_mean", "cka", "discrete_information"} <= measures, measures
+    assert {row.system for row in rows} == {"pretrained", "random", "fbank"}
+    ridge = [row for row in rows if row.estimator == "ridge" and row.system == "fbank"]
+    assert [row.value for row in ridge] == [pytest.approx(1.0, abs=0.01)], "log-mel can be read back from itself"
+    notes = " ".join(json.loads((results / "analysis.json").read_text())["notes"])
+    assert "utt2emotion" in notes and "speaker" in notes, "what is left out is said"
+    figures = sorted(path.name for path in (results / "layers").glob("*.png"))
+    assert len(figures) >= 4 and all((results / "layers" / name).stat().st_size > 5000 for name in figures)
 
 
 def test_comparison_and_figures_are_written(results):

@@ -48,7 +48,9 @@ def mine_paper(pairs: Sequence[UtterancePair], settings: MinePaperSettings, seed
 
     An utterance with fewer frames than the minibatch trains no step (as published): its value is the untrained
     critic's, about 0; leave such utterances out of a mean. With ``reuse_critic`` one critic's weights go through
-    all layers of all utterances in turn, as the published scripts ran; otherwise every problem starts afresh.
+    all layers of all utterances in turn, layer by layer, as the published scripts ran (only Adam's state begins anew,
+    so a layer's value hangs on its place in the row); otherwise every problem starts afresh. What the scripts did
+    beside, padded frames among an utterance's own, is for whoever cuts the features: nothing here adds them.
     """
     if not pairs:
         raise ValueError("mine_paper got no utterance; give it at least one")
@@ -95,7 +97,9 @@ def _train_group(
         shuffle = torch.stack([marginal[step] for _, marginal in draws[:active]])
         x = torch.stack([pair.x[index] for pair, index in zip(pairs, picked, strict=False)])
         y = torch.cat([pair.y[:, index] for pair, index in zip(pairs, picked, strict=False)])
-        joint, marginal = critic.scores(x.repeat_interleave(num_layers, 0), y, shuffle.repeat_interleave(num_layers, 0))
+        # One utterance's frames are not copied for its layers: a product takes them again and again from one place.
+        x = x.expand(num_layers, -1, -1) if active == 1 else x.repeat_interleave(num_layers, 0)
+        joint, marginal = critic.scores(x, y, shuffle.repeat_interleave(num_layers, 0))
         (-_donsker_varadhan(joint, marginal).sum()).backward()
         optimiser.step(active * num_layers)
     return torch.stack([_value_on_all_frames(pair, critic, u, seed) for u, pair in enumerate(pairs)])

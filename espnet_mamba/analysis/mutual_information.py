@@ -10,14 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from espnet_mamba.analysis.bounds import ESTIMATORS, BoundSettings, held_out_bounds
+from espnet_mamba.analysis.bounds import Bound, BoundSettings, held_out_bounds, per_utterance_bounds
 from espnet_mamba.analysis.mine import MinePaperSettings, UtterancePair, mine_paper
 from espnet_mamba.analysis.sampling import bootstrap_weights, interval, sample_names
-from espnet_mamba.analysis.splits import shuffled_null
+from espnet_mamba.analysis.splits import shuffled_null, stack_layers
 from espnet_mamba.analysis.statistics import LayerFeatures
 from espnet_mamba.analysis.table import LayerValue
 
@@ -32,23 +30,66 @@ def held_out_rows(
     settings: BoundSettings,
     seed: int,
 ) -> list[LayerValue]:
-    """Return one row per held-out bound and layer, with the null of the same procedure on shuffled utterances.
+    """Return one row per held-out estimator and layer, with the null of the same procedure on shuffled utterances.
 
     ``reference`` is (name, frames (F, Dx)). The null is trained with one seed: it is a line to look at, not a test.
     """
     name, x = reference
-    y = _stack([features.layers[layer] for layer in layers])
+    y = stack_layers([features.layers[layer] for layer in layers])
     bounds = held_out_bounds(x, y, features.utterance, settings, seed)
     order = shuffled_null(features.utterance)
     null = held_out_bounds(x[order], y, features.utterance, replace(settings, seeds=1, resamples=1), seed)
+    return _bound_rows(system, features, name, layers, settings, (bounds, null), "")
+
+
+def per_utterance_rows(
+    system: str,
+    features: LayerFeatures,
+    reference: tuple[str, Tensor],
+    layers: Sequence[int],
+    settings: BoundSettings,
+    num_utterances: int,
+    seed: int,
+) -> list[LayerValue]:
+    """Return rows as :func:`held_out_rows`, of ``num_utterances`` utterances each measured alone, and averaged.
+
+    The paper's average, held out. The estimators' names end in ``_per_utterance``. No row, and a line that says so,
+    when no utterance is long enough.
+    """
+    name, x = reference
+    needed = 6 * settings.block_frames
+    long_enough = [utt_id for utt_id, size in zip(features.utt_ids, features.sizes, strict=True) if size >= needed]
+    if not long_enough:
+        print(f"{system}: no utterance has {needed} frames, mutual information per utterance is left out", flush=True)
+        return []
+    chosen = sample_names(long_enough, num_utterances, seed)
+    indices = [features.utt_ids.index(utt_id) for utt_id in chosen]
+    found = []
+    for order in (features.utterance.new_zeros(0), shuffled_null(features.utterance)):
+        pairs = _pairs(features, x, layers, indices, order)
+        short = replace(settings, seeds=1, resamples=1) if len(order) else settings
+        found.append(per_utterance_bounds(chosen, [p.x for p in pairs], [p.y for p in pairs], short, seed))
+    return _bound_rows(system, features, name, layers, settings, (found[0], found[1]), "_per_utterance")
+
+
+def _bound_rows(
+    system: str,
+    features: LayerFeatures,
+    reference: str,
+    layers: Sequence[int],
+    settings: BoundSettings,
+    found: tuple[dict[str, list[Bound]], dict[str, list[Bound]]],
+    suffix: str,
+) -> list[LayerValue]:
+    bounds, null = found
     return [
         LayerValue(
             system=system,
             layer=layer,
             layer_name=features.names[layer],
             measure=MEASURE,
-            estimator=estimator,
-            reference=name,
+            estimator=estimator + suffix,
+            reference=reference,
             value=bound.value,
             low=bound.low,
             high=bound.high,
@@ -59,8 +100,9 @@ def held_out_rows(
             num_utts=bound.num_utts,
             num_seeds=settings.seeds,
             seed_sd=bound.seed_sd,
+            flag=bound.flag,
         )
-        for estimator in ESTIMATORS
+        for estimator in settings.estimators
         for index, (layer, bound) in enumerate(zip(layers, bounds[estimator], strict=True))
     ]
 
@@ -127,12 +169,6 @@ def _pairs(
     reference = (x[order] if len(order) else x).float().split(features.sizes)
     cut = [features.of_utterance(layer) for layer in layers]
     return [
-        UtterancePair(features.utt_ids[index], reference[index], _stack([layer[index] for layer in cut]))
+        UtterancePair(features.utt_ids[index], reference[index], stack_layers([layer[index] for layer in cut]))
         for index in chosen
     ]
-
-
-def _stack(layers: Sequence[Tensor]) -> Tensor:
-    """Stack layers (F, D_l) of any widths to (L, F, D), narrower ones filled with zeros, which carry nothing."""
-    width = max(layer.shape[1] for layer in layers)
-    return torch.stack([F.pad(layer.float(), (0, width - layer.shape[1])) for layer in layers])

@@ -23,6 +23,8 @@ _TITLES = {
     "mine_paper_reuse": "published protocol, one critic reused",
     "dv_heldout": "Donsker-Varadhan bound, held-out",
     "infonce_heldout": "InfoNCE bound, held-out",
+    "smile_heldout": "SMILE, held-out",
+    "nwj_heldout": "NWJ bound, held-out",
     "phone_purity": "phone purity",
     "cluster_purity": "cluster purity",
     "pnmi": "PNMI",

@@ -9,7 +9,11 @@ from typing import Any
 import yaml
 
 from espnet_mamba.analysis.bounds import BoundSettings
+from espnet_mamba.analysis.discrete_information import DiscreteSettings
 from espnet_mamba.analysis.mine import MinePaperSettings
+from espnet_mamba.analysis.probes import ProbeSettings
+from espnet_mamba.analysis.reconstruction import ReconstructionSettings
+from espnet_mamba.analysis.similarity import SimilaritySettings
 from espnet_mamba.names import nearest
 
 
@@ -27,6 +31,9 @@ class PuritySettings:
         object.__setattr__(self, "silence", tuple(str(label) for label in self.silence))
 
 
+MEASURES = ("similarity", "probes", "reconstruction", "discrete_information")  # beside information and purity
+
+
 @dataclass(frozen=True)
 class AnalysisSettings:
     """All settings of ``bin.analyse``; conf/analysis/*.yaml says unit and default of each."""
@@ -39,9 +46,18 @@ class AnalysisSettings:
     mine_paper: MinePaperSettings = field(default_factory=MinePaperSettings)
     bounds: BoundSettings = field(default_factory=BoundSettings)
     purity: PuritySettings = field(default_factory=PuritySettings)
+    measures: tuple[str, ...] = MEASURES
+    similarity: SimilaritySettings = field(default_factory=SimilaritySettings)
+    probes: ProbeSettings = field(default_factory=ProbeSettings)
+    reconstruction: ReconstructionSettings = field(default_factory=ReconstructionSettings)
+    discrete: DiscreteSettings = field(default_factory=DiscreteSettings)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "references", tuple(self.references))
+        object.__setattr__(self, "measures", tuple(self.measures))
+        for name in self.measures:
+            if name not in MEASURES:
+                raise ValueError(f"measures: {name!r} is not one of: {' '.join(MEASURES)}")
         for name in self.references:
             if name not in ("layer0", "logmel"):
                 raise ValueError(f"references: {name!r} is not one of: layer0 logmel")
@@ -49,7 +65,15 @@ class AnalysisSettings:
             raise ValueError(f"dtype: {self.dtype!r} is not one of: float32 float16")
 
 
-_GROUPS = {"mine_paper": MinePaperSettings, "bounds": BoundSettings, "purity": PuritySettings}
+_GROUPS = {
+    "mine_paper": MinePaperSettings,
+    "bounds": BoundSettings,
+    "purity": PuritySettings,
+    "similarity": SimilaritySettings,
+    "probes": ProbeSettings,
+    "reconstruction": ReconstructionSettings,
+    "discrete": DiscreteSettings,
+}
 
 
 def load_settings(path: str | Path) -> AnalysisSettings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from espnet_mamba.analysis.comparison import compare_systems
+from espnet_mamba.analysis.layer_measures import LayerMeasures
+from espnet_mamba.analysis.layer_plots import plot_layers
 from espnet_mamba.analysis.mutual_information import held_out_rows, mine_paper_rows
 from espnet_mamba.analysis.plots import plot_mutual_information, plot_purity
 from espnet_mamba.analysis.purity import LayerCounts, count_layer, number_phones, phones_of_frames, purity_rows
@@ -32,14 +34,16 @@ def run_analysis(
     systems: Mapping[str, str],
     out_dir: str | Path,
     seed: int = 0,
+    open_source: Callable[[str], FeatureSource] = open_features,
 ) -> None:
     """Measure ``systems`` (name -> model folder or ``logmel``) and write the tables and figures to ``out_dir``.
 
     ``sets`` are (train, test): k-means is fitted on the first and scored on the second, mutual information is measured
-    on the second. Without phones.ctm in both sets the purity part says so and is left out.
+    on the second. Without phones.ctm in both sets the purity part says so and is left out. ``open_source`` opens a
+    system, so that callers may bring sources that this room must not know (S3PRL's, ESPnet's).
     """
     started = time.perf_counter()
-    sources = {name: open_features(spec) for name, spec in systems.items()}
+    sources = {name: open_source(spec) for name, spec in systems.items()}
     widest = max(sum(source.dims) for source in sources.values()) * (4 if settings.dtype == "float32" else 2)
     chosen = [_choose(Path(dump_dir) / name, settings, widest, seed) for name in sets]
     alignments = [Path(dump_dir) / name / "phones.ctm" for name in sets]
@@ -48,13 +52,20 @@ def run_analysis(
     purity = None if missing else _PurityTask(alignments, settings, seed)
     information: list[LayerValue] = []
     logmel = _log_mel(settings, chosen[1])
+    phones = None if purity is None else (purity.segments[1], purity.numbers)
+    measures = LayerMeasures(settings, Path(dump_dir) / sets[1], chosen[1], logmel, phones, seed)
     for name, source in sources.items():
         test = collect_features(source, chosen[1], DTYPES[settings.dtype], f"{name} {sets[1]}")
         if len(source.names) > 1:
             information += _information(name, test, logmel, settings, seed)
+        fit = collect_features(source, chosen[0], DTYPES[settings.dtype], f"{name} {sets[0]}")
         if purity is not None:
-            fit = collect_features(source, chosen[0], DTYPES[settings.dtype], f"{name} {sets[0]}")
             purity.add(name, fit, test)
+        measures.add(name, test, fit)
+    notes += measures.notes
+    if measures.rows:
+        write_table_csv(Path(out_dir) / "layers.csv", measures.rows)
+        plot_layers(measures.rows, Path(out_dir) / "layers")
     _write(Path(out_dir), information, purity, settings, seed)
     record = {"settings": asdict(settings), "systems": dict(systems), "sets": list(sets), "seed": seed, "notes": notes}
     record["num_utts"] = [len(part) for part in chosen]

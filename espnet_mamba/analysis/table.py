@@ -38,11 +38,12 @@ class LayerValue:
     num_utts: int = 0
     num_seeds: int = 1
     seed_sd: float = _NAN
+    flag: str = ""  # why the value is not to be believed: ceiling, few_frames, components, bias; empty when it may be
 
 
 COLUMNS = tuple(field.name for field in fields(LayerValue))
 _INTEGERS = ("layer", "num_frames", "num_utts", "num_seeds")
-_TEXTS = ("system", "layer_name", "measure", "estimator", "reference", "unit")
+_TEXTS = ("system", "layer_name", "measure", "estimator", "reference", "unit", "flag")
 
 
 def write_table_csv(path: str | Path, rows: Iterable[LayerValue]) -> None:

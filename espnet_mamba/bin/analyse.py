@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from espnet_mamba.bin.cli import run_main
+
+if TYPE_CHECKING:
+    from espnet_mamba.targets.features import FeatureSource
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -24,7 +28,8 @@ def get_parser() -> argparse.ArgumentParser:
         required=True,
         action="append",
         metavar="NAME=SPEC",
-        help="a system and where it comes from: a model folder, or logmel; give it once per system",
+        help="a system and where it comes from: a model folder, logmel, s3prl:NAME[:PATH] or asr:FOLDER (a recogniser, "
+        "its encoder layers); give it once per system",
     )
     parser.add_argument("--out_dir", required=True, help="folder for tables and figures")
     parser.add_argument("--max_utterances", type=int, help="at most this many utterances of each set (config's value)")
@@ -52,7 +57,23 @@ def main() -> None:
     settings = load_settings(args.config)
     if args.max_utterances is not None:
         settings = replace(settings, max_utterances=args.max_utterances)
-    run_analysis(settings, args.dump_dir, (args.train_set, args.test_set), systems, args.out_dir, args.seed)
+    sets = (args.train_set, args.test_set)
+    run_analysis(settings, args.dump_dir, sets, systems, args.out_dir, args.seed, open_source)
+
+
+def open_source(spec: str) -> FeatureSource:
+    """Open a system by its kind; importing S3PRL or ESPnet costs 10 s, so only where it is named."""
+    from espnet_mamba.targets.features import open_features
+
+    if spec.startswith("s3prl:"):
+        from s3prl_upstream.features import open_s3prl
+
+        return open_s3prl(spec)
+    if spec.startswith("asr:"):
+        from espnet_mamba.asr.features import open_asr
+
+        return open_asr(spec)
+    return open_features(spec)
 
 
 if __name__ == "__main__":

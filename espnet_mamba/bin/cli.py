@@ -19,4 +19,3 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from error
-
