@@ -19,7 +19,7 @@ def export_upstream(model_dir: Path, out_dir: Path, random_dir: Path | None, see
         The exported model.
     """
     model = load_checkpoint(model_dir)
-    save_checkpoint(model, out_dir, model_card(model.config, model, _validation_rows(model_dir.parent)))
+    save_checkpoint(model, out_dir, model_card(model.config, model, validation_rows(model_dir.parent)))
     if random_dir is not None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -53,7 +53,8 @@ def model_card(config: HubertConfig, model: HubertModel, rows: list[dict[str, fl
     return "\n".join([*lines, "", "```python", *usage, "```", ""])
 
 
-def _validation_rows(run_dir: Path) -> list[dict[str, float]]:
+def validation_rows(run_dir: Path) -> list[dict[str, float]]:
+    """Return the validations that a training run has logged, in order; none where there is no log."""
     path = run_dir / "train_log.jsonl"
     if not path.is_file():
         return []

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 
+from espnet_mamba.models.export import validation_rows
 from espnet_mamba.models.ssamba.checkpoints import load_checkpoint, save_checkpoint
 from espnet_mamba.models.ssamba.model import SsambaModel
 
@@ -18,7 +18,7 @@ def export_upstream(model_dir: Path, out_dir: Path, random_dir: Path | None, see
         The exported model.
     """
     model = load_checkpoint(model_dir)
-    save_checkpoint(model, out_dir, model_card(model, _validation_rows(model_dir.parent)))
+    save_checkpoint(model, out_dir, model_card(model, validation_rows(model_dir.parent)))
     if random_dir is not None:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -50,11 +50,3 @@ def model_card(model: SsambaModel, rows: list[dict[str, float]]) -> str:
     usage = ["import s3prl_upstream", "from s3prl.nn import S3PRLUpstream"]
     usage.append(f'model = S3PRLUpstream("ssamba", path_or_url="path/to/{config.name}").eval()')
     return "\n".join([*lines, "", "```python", *usage, "```", ""])
-
-
-def _validation_rows(run_dir: Path) -> list[dict[str, float]]:
-    path = run_dir / "train_log.jsonl"
-    if not path.is_file():
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["split"] == "valid"]
