@@ -10,7 +10,7 @@ from espnet_mamba.bin.cli import run_main
 def get_parser() -> argparse.ArgumentParser:
     """Return the command's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    tables = "wav.scp,text,utt2spk[,phones.ctm][,words.ctm][,utt2intent]"
+    tables = "wav.scp,text,utt2spk[,phones.ctm][,words.ctm][,utt2intent][,utt2emotion]"
     parser.add_argument("--data_dir", required=True, help=f"folder of the raw sets, each with {{{tables}}}")
     parser.add_argument("--dump_dir", default="dump/raw", help="where the checked sets are written")
     parser.add_argument("--sets", nargs="+", default=["train", "dev", "test"], help="names of the sets")

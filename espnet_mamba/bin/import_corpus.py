@@ -1,4 +1,4 @@
-"""Import a Kaldi-style folder ({train,dev,test}/{wav.scp,text,utt2spk[,phones.ctm][,words.ctm][,utt2intent]})."""
+"""Import a folder {train,dev,test}/{wav.scp,text,utt2spk[,phones.ctm][,words.ctm][,utt2intent][,utt2emotion]}."""
 
 from __future__ import annotations
 

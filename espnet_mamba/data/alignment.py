@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from espnet_mamba.data.kaldi import Segment
 
 SILENCE = "sil"
+SLACK = 0.1  # seconds that an alignment may go past the audio: aligners round, and drop the last partial frame
 
 
 def frame_labels(
@@ -27,3 +28,19 @@ def frame_labels(
         index = bisect_right(starts, centre) - 1
         labels.append(ordered[index].label if index >= 0 and centre < ends[index] else SILENCE)
     return labels
+
+
+def require_inside(
+    utt_id: str, segments: Sequence[Segment], num_frames: int, where: str, hop: int = 320, offset: int = 200
+) -> None:
+    """Raise a ValueError that names file, utterance and label when a segment ends later than its audio can.
+
+    ``num_frames`` frames leave room for at most ``hop * num_frames + 2 * offset`` samples of 16 kHz, and SLACK more.
+    """
+    audio = (hop * num_frames + 2 * offset) / 16000
+    for segment in segments:
+        if segment.end > audio + SLACK:
+            raise ValueError(
+                f"{where}: {utt_id}: {segment.label!r} ends at {segment.end:.2f} s, the audio at {audio:.2f} s; "
+                "correct the times"
+            )

@@ -32,7 +32,7 @@ def compare_ids(tables: SetTables, folder: Path) -> list[BadItem]:
     """Return an item for every id that wav.scp has and another table has not, or the other way round."""
     bad = []
     others: list[tuple[str, Mapping[str, object] | None]] = [("text", tables.texts), ("utt2spk", tables.speakers)]
-    others += [("utt2intent", tables.intents), *tables.alignments.items()]
+    others += [("utt2intent", tables.intents), *tables.labels.items(), *tables.alignments.items()]
     for name, table in others:
         if table is None:
             continue

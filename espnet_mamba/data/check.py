@@ -109,6 +109,7 @@ def _without_bad(one: CheckedSet) -> CheckedSet:
         speakers={utt_id: one.tables.speakers[utt_id] for utt_id in good},
         alignments={name: {utt_id: table[utt_id] for utt_id in good} for name, table in one.tables.alignments.items()},
         intents=None if one.tables.intents is None else {utt_id: one.tables.intents[utt_id] for utt_id in good},
+        labels={name: {utt_id: table[utt_id] for utt_id in good} for name, table in one.tables.labels.items()},
     )
     return CheckedSet(tables, {utt_id: one.num_samples[utt_id] for utt_id in good}, one.bad)
 

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SYNTH_RECORD = "synth.json"
-TABLE_NAMES = ("wav.scp", "text", "utt2spk", "spk2utt", "phones.ctm", "words.ctm", "utt2intent", "utt2num_samples")
+_TABLES_OF_CORPORA = ("wav.scp", "text", "utt2spk", "spk2utt", "phones.ctm", "words.ctm", "utt2intent", "utt2emotion")
+TABLE_NAMES = (*_TABLES_OF_CORPORA, "utt2num_samples")
 
 
 @contextmanager

@@ -32,5 +32,6 @@ def import_folder(corpus_dir: str | Path, data_dir: str | Path, sets: Sequence[s
         for tables in read:
             write_set(tables, folders[tables.name])
     for tables in read:
-        extras = [name for name, table in (*tables.alignments.items(), ("utt2intent", tables.intents)) if table]
+        optional = (*tables.alignments.items(), ("utt2intent", tables.intents), *tables.labels.items())
+        extras = [name for name, table in optional if table]
         print(f"{tables.name}: {len(tables.wavs)} recordings, {len(set(tables.speakers.values()))} speakers", *extras)

@@ -1,4 +1,4 @@
-"""A raw set's tables, ``data/<set>/{wav.scp,text,utt2spk[,phones.ctm][,words.ctm][,utt2intent]}``, and faults."""
+"""A raw set's tables, ``data/<set>/{wav.scp,text,utt2spk[,phones.ctm][,words.ctm][,utt2intent][,utt2emotion]}``."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from espnet_mamba.data.kaldi import Segment, scan_ctm, scan_table, write_ctm, wr
 REQUIRED = ("wav.scp", "text", "utt2spk")
 # What one line of each is about.
 ALIGNMENTS = {"phones.ctm": "phone", "words.ctm": "word"}
-OPTIONAL = (*ALIGNMENTS, "utt2intent")
+# One label an utterance, by the name that is written; under the other names they are read too.
+LABELS = {"utt2emotion": ("utt2emotion", "utt2emo")}
+OPTIONAL = (*ALIGNMENTS, "utt2intent", *LABELS)
 
 
 @dataclass
 class SetTables:
     """One set as it was read. ``wavs`` has resolved paths; ``problems`` are whole-table faults, one line each.
 
-    ``alignments`` holds those of ALIGNMENTS that are there, by file name, each utterance -> segments in time order.
+    ``alignments`` holds those of ALIGNMENTS that are there, by file name, each utterance -> segments in time order;
+    ``labels`` those of LABELS, each utterance -> label.
     """
 
     name: str
@@ -27,6 +30,7 @@ class SetTables:
     speakers: dict[str, str] = field(default_factory=dict)
     alignments: dict[str, dict[str, list[Segment]]] = field(default_factory=dict)
     intents: dict[str, str] | None = None
+    labels: dict[str, dict[str, str]] = field(default_factory=dict)
     unsorted: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -42,8 +46,8 @@ def read_set(folder: str | Path, roots: Sequence[str | Path]) -> SetTables:
         tables.problems.append(f"{folder}: no such folder; every set needs one with {', '.join(REQUIRED)}")
         return tables
     loaded: dict[str, dict[str, str]] = {}
-    for name in (*REQUIRED, "utt2intent"):
-        path = folder / name
+    for name in (*REQUIRED, "utt2intent", *LABELS):
+        path = _found(folder, name)
         if not path.is_file():
             if name in REQUIRED:
                 tables.problems.append(f"{path}: no such table; write one line 'utterance value' for each recording")
@@ -54,15 +58,21 @@ def read_set(folder: str | Path, roots: Sequence[str | Path]) -> SetTables:
             problems = [str(error)]
         tables.problems += problems
         if list(loaded.get(name, ())) != sorted(loaded.get(name, ())):
-            tables.unsorted.append(name)
+            tables.unsorted.append(path.name)
     for utt_id, value in loaded.get("wav.scp", {}).items():
         _resolve(tables, folder / "wav.scp", utt_id, value, roots)
     tables.texts = loaded.get("text", {})
     tables.speakers = loaded.get("utt2spk", {})
     tables.intents = loaded.get("utt2intent")
+    tables.labels = {name: loaded[name] for name in LABELS if name in loaded}
     for name in ALIGNMENTS:
         _read_alignment(tables, folder / name)
     return tables
+
+
+def _found(folder: Path, name: str) -> Path:
+    """Return the file of a table: the first of its names that is there, the proper one if none is."""
+    return next((folder / other for other in LABELS.get(name, ()) if (folder / other).is_file()), folder / name)
 
 
 def _resolve(tables: SetTables, table: Path, utt_id: str, value: str, roots: Sequence[str | Path]) -> None:
@@ -92,7 +102,8 @@ def write_set(tables: SetTables, folder: Path, with_samples: dict[str, int] | No
     """Write the tables sorted by utterance into ``folder``; ``with_samples`` adds utt2num_samples."""
     ids = sorted(tables.wavs)
     write_table(folder / "wav.scp", {utt_id: tables.wavs[utt_id] for utt_id in ids})
-    for name, table in (("text", tables.texts), ("utt2spk", tables.speakers), ("utt2intent", tables.intents)):
+    rows = [("text", tables.texts), ("utt2spk", tables.speakers), ("utt2intent", tables.intents)]
+    for name, table in (*rows, *tables.labels.items()):
         if table is not None:
             write_table(folder / name, {utt_id: table[utt_id] for utt_id in sorted(table)})
     for name, segments in tables.alignments.items():

@@ -13,6 +13,7 @@
 #                                  spelling; pauses are left out: gives examples of single words
 #   utt2intent  id action object place number  optional; one token per slot, `none` where a slot is absent:
 #                                  gives the intent head
+#   utt2emotion id emotion         optional; one label, also read from utt2emo: how far layers tell emotions apart
 #
 # An id is in all tables of its set or in none, once, has no spaces, and should begin with its speaker.
 # To bring audio to 16 kHz mono: sox IN -r 16000 -c 1 -b 16 OUT.flac

@@ -5,7 +5,7 @@ set -euo pipefail
 help_message="usage: local/data.sh [--data_dir data] [--corpus_dir DIR] [--minutes 25] [--seed 0] [--nj 2]
   --data_dir    where train, dev and test are written
   --corpus_dir  a Kaldi-style folder to import instead: {train,dev,test}/{wav.scp,text,utt2spk
-                [,phones.ctm][,words.ctm][,utt2intent]}; paths in its wav.scp are relative to it, or absolute
+                [,phones.ctm][,words.ctm][,utt2intent][,utt2emotion]}; paths in its wav.scp are relative to it, or absolute
   --minutes     speech to make, all three sets together
   --seed        another seed, other sentences and noise
   --nj          processes that speak at a time; the result does not depend on it"
