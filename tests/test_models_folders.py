@@ -12,8 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from espnet_mamba.asr.preparation import system_config
 from espnet_mamba.asr.systems import System
+from espnet_mamba.efficiency.entries import open_entries
 from espnet_mamba.efficiency.macs import SCAN_MACS, count_ssamba_macs
-from espnet_mamba.efficiency.stage import open_models, run_efficiency
+from espnet_mamba.efficiency.settings import EfficiencySettings
+from espnet_mamba.efficiency.stage import run_efficiency
 from espnet_mamba.models import checkpoints
 from espnet_mamba.models.folders import export_upstream, load_layers, load_model, upstream_name
 from espnet_mamba.models.hubert import HubertModel
@@ -114,14 +116,14 @@ def test_formula_agrees_with_the_flop_counter(config, num_samples, monkeypatch):
     flops = counter.get_flop_counts()["Global"]
     known = sum(v for op, v in flops.items() if "convolution" in str(op) or str(op) in ("aten.mm", "aten.addmm")) // 2
     parts = count_ssamba_macs(config, num_samples)
-    assert known == sum(parts.values()) - parts["scan"]
+    assert known == sum(parts.values()) - parts["scan"] - parts["front_end"]  # the filterbanks were made before
     tokens = 1 + 2 * grid.total
     assert parts["scan"] == config.depth * tokens * 2 * (2 * 16) * 4 * SCAN_MACS
 
 
 def test_efficiency_measures_both_kinds(folders, tmp_path):
-    models = open_models([str(folders / "hubert"), str(folders / "ssamba")], [])
-    run_efficiency(models, [0.5, 1.0], repeats=1, out_dir=tmp_path, device="cpu")
+    entries = open_entries([str(folders / "hubert"), str(folders / "ssamba")], [], tmp_path, {})
+    run_efficiency(entries, EfficiencySettings((0.5, 1.0), ("eval",), 0.0, repeats=1), tmp_path)
     rows = list(csv.DictReader(open(tmp_path / "efficiency.csv")))
     assert [row["model"] for row in rows] == ["test", "test", "small", "small"]
     assert all(float(row["wall_median"]) > 0 and int(row["macs_per_second"]) > 0 for row in rows)

@@ -2,6 +2,8 @@
 
 One model in full: --config conf/models/mamba_base.yaml. All in one table: --all. The width, depth or expand at which
 one comes nearest another: --config conf/models/extbimamba_base.yaml --match transformer_base --by params.
+MACs by part: --config conf/models/mamba_base.yaml conf/ssamba/ssamba_base.yaml --macs --lengths 5 10 20.
+What other counters read, and what they miss: --config conf/models/mamba_base.yaml --counters --lengths 10.
 """
 
 from __future__ import annotations
@@ -30,7 +32,14 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--by", choices=["params", "macs"], default="params", help="what is to match (%(default)s)")
     parser.add_argument("--vary", choices=["width", "depth", "expand"], help="what may change (each in turn)")
     parser.add_argument(
-        "--seconds", nargs="+", type=float, help="lengths of audio for MACs in s (5 15.6 60 320; for --match 15.6)"
+        *("--seconds", "--lengths"),
+        nargs="+",
+        type=float,
+        help="lengths of audio for MACs in s (5 15.6 60 320; for --match 15.6, for --counters 10)",
+    )
+    parser.add_argument("--macs", action="store_true", help="MACs and FLOP by part and length alone; SSAMBA's too")
+    parser.add_argument(
+        "--counters", action="store_true", help="run each model under PyTorch's counter and, if installed, two others"
     )
     parser.add_argument(
         "--num_classes", type=int, default=504, help="classes of the head, 0 for none; K = 500 and fairseq's 4 (504)"
@@ -43,6 +52,10 @@ def main() -> None:
     args = get_parser().parse_args()
     from espnet_mamba.efficiency import model_info as info
     from espnet_mamba.models.config import HubertConfig, load_config
+
+    if args.macs or args.counters:
+        print(_macs(args))
+        return
 
     def open_model(word: str) -> HubertConfig:
         return load_config(word if word.endswith((".yaml", ".yml")) else args.models_dir / f"{word}.yaml")
@@ -61,6 +74,22 @@ def main() -> None:
     else:
         reports = [info.model_report(c, args.seconds or info.SECONDS, args.num_classes) for c in configs]
         print("\n\n".join(reports))
+
+
+def _macs(args: argparse.Namespace) -> str:
+    """Return the tables that are about MACs alone."""
+    from espnet_mamba.efficiency import macs_counters, macs_table, model_info
+
+    words = args.config or sorted(map(str, args.models_dir.glob("*.yaml"))) * args.all
+    if not words:
+        raise ValueError("no model; give --all, or --config conf/models/NAME.yaml")
+    paths = [word if word.endswith((".yaml", ".yml")) else args.models_dir / f"{word}.yaml" for word in words]
+    configs = [macs_table.open_config(path) for path in paths]
+    if args.macs:
+        return macs_table.macs_table(configs, args.seconds or model_info.SECONDS)
+    return "\n\n".join(
+        f"At {length:g} s\n\n{macs_counters.counters_table(configs, length)}" for length in args.seconds or [10.0]
+    )
 
 
 if __name__ == "__main__":

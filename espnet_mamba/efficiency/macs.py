@@ -1,10 +1,16 @@
 """Multiply-accumulates of a model's forward pass, by formula, part by part.
 
-A MAC is one multiplication with the addition that takes its result (2 FLOP). Counted: convolutions, linear layers, the
-scan, products of attention. Not counted: norms, activations, gates, exponentials, additions of biases and residuals.
-The scan is counted as SCAN_MACS per frame, channel and state: (dt x) B, decay * h + that, and C h; most counters read
-it as 0. SSAMBA's filterbanks are not counted: a Fourier transform has no agreed number of MACs.
-Letters: S samples at 16 kHz, T frames at 50 Hz, D width, E = expand * D, N states, R rank of dt, K classes.
+A MAC is one multiplication with the addition that takes its result: 2 FLOP. Counted: convolutions (taps that meet the
+zeros around a sequence too), linear layers, attention's two products over all pairs of frames, and of the scan
+``SCAN_MACS`` per frame, channel and state: (dt x) times B, decay times h plus that, C times h summed.
+Not counted, though tests count them one by one: the scan's dt A and its exponential, one each per frame, channel and
+state; dt x and D x, one each per frame and channel. Nor norms, activations, softmax, gates, biases, residuals.
+Most counters read the scan as 0 (``macs_counters``). Mamba's authors give 9 FLOP for a parallel, associative scan
+(state-spaces/mamba#110) where a recurrence needs these 6.
+Of SSAMBA's filterbanks the product with the mel filters counts; the Fourier transform, which has no agreed number of
+MACs, does not: at 5/2 N log2 N FLOP for N = 512 real values it would be about a sixth of that product.
+Letters: S samples at 16 kHz, T frames at 50 Hz, D width, E = expand * D, N states, R rank of dt, K classes, M masked
+patches, P values in a patch.
 """
 
 from __future__ import annotations
@@ -18,7 +24,9 @@ from espnet_mamba.models.ssamba.features import WINDOW, num_fbank_frames
 from espnet_mamba.models.ssamba.grid import num_patch_columns
 
 SAMPLE_RATE = 16000
+FLOP_PER_MAC = 2
 SCAN_MACS = 3
+MEL_INPUTS = 257  # powers of a 512-point transform that Kaldi's mel filters read
 HEAD_DIM = 256
 
 
@@ -49,16 +57,27 @@ def count_macs(config: HubertConfig, num_samples: int, num_classes: int = 0) -> 
     return parts
 
 
-def count_ssamba_macs(config: SsambaConfig, num_samples: int) -> dict[str, int]:
-    """Return part -> MACs of SSAMBA's encoder for one utterance of ``num_samples``, without its two heads.
+def count_ssamba_macs(config: SsambaConfig, num_samples: int, heads: bool = False) -> dict[str, int]:
+    """Return part -> MACs of one pass of SSAMBA for one utterance of ``num_samples``.
 
-    ValueError when the audio is shorter than one frame.
+    Args:
+        config: the model.
+        num_samples: of the utterance.
+        heads: whether to add pretraining's two heads on the masked patches, and the products of its contrast.
+
+    Raises:
+        ValueError: audio shorter than one frame.
     """
     if num_samples < WINDOW:
         raise ValueError(f"{num_samples} samples are shorter than one frame ({WINDOW} samples); give a longer length")
-    patches = config.num_bands * num_patch_columns(num_fbank_frames(num_samples), config.patch_size[1])
-    blocks = {name: config.depth * macs for name, macs in _inn_bimamba(config, 1 + patches).items()}
-    return {"projection": patches * config.patch_pixels * config.embed_dim} | blocks
+    frames, width, pixels = num_fbank_frames(num_samples), config.embed_dim, config.patch_pixels
+    patches = config.num_bands * num_patch_columns(frames, config.patch_size[1])
+    parts = {"front_end": frames * MEL_INPUTS * config.num_mel_bins, "projection": patches * pixels * width}
+    parts |= {name: config.depth * macs for name, macs in _inn_bimamba(config, 1 + patches).items()}
+    if heads:
+        masked = max(1, round(patches * config.mask_patches / config.num_patches))
+        parts["head"] = 2 * masked * width * (width + pixels) + masked * masked * pixels
+    return parts
 
 
 def shortest_samples(config: HubertConfig | SsambaConfig) -> int:
@@ -68,9 +87,14 @@ def shortest_samples(config: HubertConfig | SsambaConfig) -> int:
 
 def macs_per_second(config: HubertConfig | SsambaConfig, seconds: float) -> dict[str, float]:
     """Return part -> MACs per second of audio at a length in seconds, without the head."""
-    count = count_ssamba_macs if isinstance(config, SsambaConfig) else count_macs
-    parts = count(config, round(seconds * SAMPLE_RATE))
+    parts = count_macs_of(config, round(seconds * SAMPLE_RATE))
     return {name: macs / seconds for name, macs in parts.items()}
+
+
+def count_macs_of(config: HubertConfig | SsambaConfig, num_samples: int) -> dict[str, int]:
+    """Return part -> MACs of either kind of model for one utterance of ``num_samples``, without its head."""
+    count = count_ssamba_macs if isinstance(config, SsambaConfig) else count_macs
+    return count(config, num_samples)
 
 
 def _front_end(config: HubertConfig, num_samples: int) -> tuple[int, int]:
