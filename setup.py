@@ -60,6 +60,7 @@ setup(
         "s3prl>=0.4.18",
         "numpy>=2.0",
         "scipy>=1.13",
+        "threadpoolctl>=3.0",
         "soundfile>=0.12",
         "sentencepiece>=0.2.0",
         "safetensors>=0.4",

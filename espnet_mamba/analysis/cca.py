@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -127,11 +128,16 @@ def cross_validate(moments: FoldMoments, x: str, y: str, settings: CcaSettings, 
         wide = _Wide(moments, wide_name, parts)
         narrow = _Narrow(moments, wide, narrow_name, parts, limit)
         eps = _choose(wide, narrow, settings)
-        scores[trial] = _test(wide, narrow, eps)
-        for number, null in enumerate(nulls):
-            wide_null, narrow_null = _sides(moments, x, null)
-            own = wide if wide_null == wide_name else _Wide(moments, wide_null, parts)
-            null_scores[number, trial] = _test(own, _Narrow(moments, own, narrow_null, parts, limit), eps)
+        others = [_sides(moments, x, null) for null in nulls]
+        if all(side == wide_name for side, _ in others):
+            narrows = [narrow, *(_Narrow(moments, wide, name, parts, limit) for _, name in others)]
+            found = np.array(_test(wide, narrows, eps))
+            scores[trial], null_scores[:, trial] = found[0], found[1:]
+        else:
+            scores[trial] = _test(wide, [narrow], eps)[0]
+            for number, (wide_null, name) in enumerate(others):
+                own = _Wide(moments, wide_null, parts)
+                null_scores[number, trial] = _test(own, [_Narrow(moments, own, name, parts, limit)], eps)[0]
         chosen.append(tuple(eps))
     return CcaTrials(scores, null_scores, chosen)
 
@@ -165,11 +171,23 @@ def _scale(covariance: np.ndarray) -> np.ndarray:
     return np.where(variance > 0.0, 1.0 / np.sqrt(np.where(variance > 0.0, variance, 1.0)), 0.0)
 
 
-def _span(wide: _Wide, narrow: _Narrow, eps: float, part: int) -> _Span:
-    """Solve for B and look at held-out part ``part`` through it."""
-    basis = wide.solve(eps, narrow.cross)
-    own = basis.T @ (wide.held_out[part] @ basis)
-    return _Span(narrow.cross.T @ basis, own, basis.T @ narrow.held_out_cross[part], narrow.held_out[part])
+def _spans(wide: _Wide, jobs: Sequence[tuple[_Narrow, float]], part: int) -> list[_Span]:
+    """Solve for B of every (narrow view, eps) and look at held-out part ``part`` through it.
+
+    Views of the same eps are solved side by side and all are multiplied at once: thin products are slow.
+    """
+    bases: list[np.ndarray] = []
+    for eps, group in groupby(jobs, key=lambda job: job[1]):
+        crosses = [narrow.cross for narrow, _ in group]
+        solved = wide.solve(eps, np.concatenate(crosses, axis=1))
+        bases += np.split(solved, np.cumsum([cross.shape[1] for cross in crosses])[:-1], axis=1)
+    images = np.split(
+        wide.held_out[part] @ np.concatenate(bases, axis=1), np.cumsum([basis.shape[1] for basis in bases])[:-1], axis=1
+    )
+    return [
+        _Span(narrow.cross.T @ basis, basis.T @ image, basis.T @ narrow.held_out_cross[part], narrow.held_out[part])
+        for (narrow, _), basis, image in zip(jobs, bases, images, strict=True)
+    ]
 
 
 def _scores(narrow: _Narrow, span: _Span, eps: float) -> Scores:
@@ -200,8 +218,8 @@ def _weights(narrow: _Narrow, directions: np.ndarray) -> np.ndarray:
 def _choose(wide: _Wide, narrow: _Narrow, settings: CcaSettings) -> list[tuple[float, float]]:
     """Return the (wide, narrow) eps that is best on the dev part, for each measure."""
     best: list[tuple[float, tuple[float, float]]] = [(-np.inf, (0.0, 0.0))] * len(MEASURES)
-    for eps_wide in settings.eps_wide:
-        span = _span(wide, narrow, eps_wide, _DEV)
+    spans = _spans(wide, [(narrow, eps_wide) for eps_wide in settings.eps_wide], _DEV)
+    for eps_wide, span in zip(settings.eps_wide, spans, strict=True):
         for eps_narrow in settings.eps_narrow:
             scores = _scores(narrow, span, eps_narrow)
             for number, score in enumerate(scores):
@@ -210,10 +228,14 @@ def _choose(wide: _Wide, narrow: _Narrow, settings: CcaSettings) -> list[tuple[f
     return [entry[1] for entry in best]
 
 
-def _test(wide: _Wide, narrow: _Narrow, eps: Sequence[tuple[float, float]]) -> list[float]:
-    """Return both measures on the test part, each at its own eps."""
-    spans = {eps_wide: _span(wide, narrow, eps_wide, _TEST) for eps_wide, _ in eps}
-    return [_scores(narrow, spans[large], small)[number] for number, (large, small) in enumerate(eps)]
+def _test(wide: _Wide, narrows: Sequence[_Narrow], eps: Sequence[tuple[float, float]]) -> list[list[float]]:
+    """Return both measures on the test part, each at its own eps, for every narrow view."""
+    jobs = [(narrow, eps_wide) for eps_wide in dict.fromkeys(large for large, _ in eps) for narrow in narrows]
+    spans = {(id(job[0]), job[1]): span for job, span in zip(jobs, _spans(wide, jobs, _TEST), strict=True)}
+    return [
+        [_scores(narrow, spans[id(narrow), large], small)[number] for number, (large, small) in enumerate(eps)]
+        for narrow in narrows
+    ]
 
 
 def in_sample(moments: FoldMoments, x: str, y: str, eps: float = 1e-10) -> Scores:
@@ -225,4 +247,4 @@ def in_sample(moments: FoldMoments, x: str, y: str, eps: float = 1e-10) -> Score
     wide_name, narrow_name = _sides(moments, x, y)
     wide = _Wide(moments, wide_name, (every, every))
     narrow = _Narrow(moments, wide, narrow_name, (every, every), _rank(moments, x, y))
-    return _scores(narrow, _span(wide, narrow, eps, _DEV), eps)
+    return _scores(narrow, _spans(wide, [(narrow, eps)], _DEV)[0], eps)

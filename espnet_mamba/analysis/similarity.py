@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 from scipy.stats import t as student_t
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from espnet_mamba.analysis import cca, cka
@@ -63,12 +64,17 @@ class SimilaritySums:
         self.folds = assign_folds(view.with_rows(), settings.folds, seed, view.labels)
         self.nulls = {f"null{number}": view.donors(number, seed) for number in range(settings.nulls)}
         self._seen: set[str] = set()
+        self._width: int | None = None
         self._sums: CovarianceSums | None = None
         self._rows: dict[str, np.ndarray] = {}
 
     def add(self, utt_id: str, frames: np.ndarray) -> None:
-        """Take the frames (T, D_l) of one utterance, finite numbers; ValueError when it was taken before."""
+        """Take the frames (T, D_l) of one utterance, finite numbers.
+
+        ValueError when it was taken before, or is as wide as another layer.
+        """
         rows = self.view.layer_rows(utt_id, frames)
+        self._require_width(frames.shape[1], utt_id)
         self._see({utt_id})
         if not len(rows):
             return
@@ -81,6 +87,8 @@ class SimilaritySums:
 
     def merge(self, other: SimilaritySums) -> None:
         """Add what another shard kept of other utterances of the same set; ValueError when both hold the same one."""
+        if other._width is not None:
+            self._require_width(other._width, f"a shard of {self.view.name}")
         self._see(other._seen)
         self._rows |= other._rows
         if self._sums is None or other._sums is None:
@@ -102,6 +110,13 @@ class SimilaritySums:
             ]
             sums.add(fold, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, f"fold {fold}")
         return sums.moments()
+
+    def _require_width(self, width: int, where: str) -> None:
+        if self._width not in (None, width):
+            raise ValueError(
+                f"{where}: {width} features a frame, those before had {self._width}; sums are of one layer of one model"
+            )
+        self._width = width
 
     def _see(self, utt_ids: set[str]) -> None:
         twice = sorted(self._seen & utt_ids)
@@ -125,9 +140,9 @@ def similarity_rows(
     views: Sequence[View],
     settings: SimilaritySettings,
     seed: int,
-    num_threads: int = 1,
+    num_threads: int | None = None,
 ) -> list[LayerValue]:
-    """Return the rows of all layers with all views; ``num_threads`` share the layers and change no value.
+    """Return the rows of all layers with all views; ``num_threads`` (torch's) share the layers and change no value.
 
     A view with too few utterances or rows to be cross-validated is left out, and that is printed. ValueError when a
     view or a layer is constant or not finite, or a view was made for other utterances.
@@ -144,7 +159,8 @@ def similarity_rows(
     width = max(layer.shape[1] for layer in features.layers)
     usable = [view for view in views if _enough(system, view, width, settings)]
     jobs = [(view, layer) for view in usable for layer in range(len(features.names))]
-    with ThreadPoolExecutor(num_threads) as pool:
+    # One thread of BLAS each: two layers side by side take half the time, one product on two cores does not.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(num_threads or torch.get_num_threads()) as pool:
         return [row for rows in pool.map(one, jobs) for row in rows]
 
 
