@@ -20,7 +20,6 @@ from espnet_mamba.analysis.discrete_information import (
     utterance_labels,
 )
 from espnet_mamba.analysis.ksg import KsgSettings, ksg, ksg_rows, ksg_values
-from espnet_mamba.analysis.mine import MinePaperSettings, UtterancePair, mine_paper
 from espnet_mamba.analysis.mutual_information import per_utterance_rows
 from espnet_mamba.analysis.splits import blocks_of, permuted_utterances
 from espnet_mamba.analysis.statistics import LayerFeatures
@@ -333,28 +332,3 @@ def test_interval_covers_the_truth_in_18_of_20_seeds():
             covered[name] += value.low <= 1.0 <= value.high
     print(covered)
     assert min(covered.values()) >= 18, covered
-
-
-@pytest.mark.slow
-def test_published_critic_grows_old_as_docs_papers_say():
-    """One critic through 8 utterances of independent noise: the values fall from over 4 nats to about 2.6."""
-    generator = torch.Generator().manual_seed(0)
-    pairs = [
-        UtterancePair(f"u{i}", *(torch.randn(*shape, generator=generator) for shape in ((750, 768), (1, 750, 768))))
-        for i in range(8)
-    ]
-    values = mine_paper(pairs, MinePaperSettings(reuse_critic=True))[:, 0]
-    assert values[0] > 3.5 and values[4:].mean() < values[0] - 0.7 and (values > 1.5).all()
-
-
-def test_published_protocol_with_a_reused_critic():
-    """One critic goes through all layers of all utterances in turn; one too short to fill a minibatch leaves it."""
-    generator = torch.Generator().manual_seed(0)
-    x = [torch.randn(frames, 6, generator=generator) for frames in (70, 20, 70)]
-    pairs = [UtterancePair(f"u{i}", part, torch.stack([part, part.flip(0)])) for i, part in enumerate(x)]
-    settings = MinePaperSettings(epochs=20, minibatch=32, learning_rate=3e-3, reuse_critic=True)
-    values = mine_paper(pairs, settings)
-    assert values.shape == (3, 2)
-    without = mine_paper([pairs[0], pairs[2]], settings)  # 20 frames fill no minibatch: they change nothing after them
-    assert torch.allclose(values[[0, 2]], without, atol=1e-5)
-    assert torch.allclose(mine_paper(pairs[:1], settings), values[:1], atol=1e-5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from espnet_mamba.analysis.bounds import ESTIMATORS, BoundSettings, held_out_bounds
-from espnet_mamba.analysis.mine import MinePaperSettings, UtterancePair, mine_paper
+from espnet_mamba.analysis.mine import MinePaperSettings
 from espnet_mamba.analysis.mutual_information import held_out_rows, mine_paper_rows
 from espnet_mamba.analysis.splits import shuffled_null, split_by_utterance
 from espnet_mamba.analysis.statistics import LayerFeatures
@@ -101,103 +101,6 @@ def test_null_pairs_every_frame_with_another_utterance():
     order = shuffled_null(utts)
     assert (utts[order] != utts).all()
     assert order[:5].tolist() == [5, 6, 7, 5, 6]
-
-
-def noise_pairs(dim, frames, utts=4, layers=1):
-    generator = torch.Generator().manual_seed(0)
-    return [
-        UtterancePair(
-            f"u{i}",
-            torch.randn(frames, dim, generator=generator),
-            torch.randn(layers, frames, dim, generator=generator),
-        )
-        for i in range(utts)
-    ]
-
-
-def test_published_protocol_finds_nats_in_independent_noise():
-    """The published defect, reproduced: docs/papers.md 6 gives 4.33 (sd 0.88) nats at 768 dimensions and 750 frames."""
-    value = mine_paper(noise_pairs(768, 750, utts=2), MinePaperSettings()).mean()
-    assert 3.0 < value < 6.0
-
-
-def test_published_protocol_trains_nothing_below_a_minibatch():
-    values = mine_paper(noise_pairs(16, 100), MinePaperSettings(epochs=3))
-    assert values.abs().max() < 0.05
-
-
-def test_published_protocol_in_a_batch_equals_one_by_one():
-    pairs = noise_pairs(12, 70, utts=3, layers=2) + [UtterancePair("long", *_long_pair())]
-    settings = MinePaperSettings(epochs=20, minibatch=32, learning_rate=1e-2)
-    together = mine_paper(pairs, settings)
-    backwards = mine_paper(pairs[::-1], replace(settings, problems_at_once=2)).flip(0)
-    alone = torch.cat([mine_paper([pair], settings) for pair in pairs])
-    assert torch.allclose(together, alone, atol=2e-3)
-    assert torch.allclose(together, backwards, atol=2e-3)
-    assert together.std() > 0.01
-
-
-def _long_pair():
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(150, 12, generator=generator), torch.randn(2, 150, 12, generator=generator)
-
-
-def plain_model(dim, settings, *keys):
-    """The published critic as torch modules, with the weights that ours begins with."""
-    from espnet_mamba.analysis.critics import ConcatCritic
-    from espnet_mamba.analysis.sampling import torch_generator
-
-    critic = ConcatCritic.create([torch_generator("critic", *keys)], dim, dim, settings.hidden)
-    shapes = ((2 * dim, settings.hidden), (settings.hidden, settings.hidden), (settings.hidden, 1))
-    linears = [torch.nn.Linear(*shape) for shape in shapes]
-    weights = (torch.cat([critic.weight_x[0], critic.weight_y[0]]), critic.weight2[0], critic.weight3[0])
-    biases = (critic.bias1, critic.bias2, critic.bias3)
-    for linear, weight, bias in zip(linears, weights, biases, strict=True):
-        linear.weight.data, linear.bias.data = weight.T.clone(), bias.flatten().clone()
-    return torch.nn.Sequential(linears[0], torch.nn.ReLU(), linears[1], torch.nn.ReLU(), linears[2])
-
-
-def plain_estimate(model, name, x, y, settings):
-    """What the published script does with one utterance and layer: a fresh Adam, minibatches, a value on all frames."""
-    from espnet_mamba.analysis.mine import _draw_minibatches
-    from espnet_mamba.analysis.sampling import torch_generator
-
-    def bound(x, y, order):
-        joint, marginal = model(torch.cat([x, y], 1)), model(torch.cat([x, y[order]], 1))
-        return joint.mean() - (torch.logsumexp(marginal, 0) - math.log(len(x))).squeeze()
-
-    optimiser = torch.optim.Adam(model.parameters(), settings.learning_rate)
-    for batch, order in zip(*_draw_minibatches(UtterancePair(name, x, y[None]), settings, 0), strict=True):
-        optimiser.zero_grad()
-        (-bound(x[batch], y[batch], order)).backward()
-        optimiser.step()
-    return bound(x, y, torch.randperm(len(x), generator=torch_generator("value", 0, name))).item()
-
-
-def test_published_protocol_agrees_with_a_plain_loop():
-    """One critic as the published script has it: torch modules, torch's Adam, a loop over minibatches."""
-    pair, settings = noise_pairs(6, 80, utts=1)[0], MinePaperSettings(epochs=10, minibatch=32, learning_rate=3e-3)
-    expected = plain_estimate(plain_model(6, settings, 0, pair.name, 0), pair.name, pair.x, pair.y[0], settings)
-    assert mine_paper([pair], settings)[0, 0].item() == pytest.approx(expected, rel=0.02)
-
-
-def test_reused_critic_agrees_with_a_plain_loop():
-    """As it ran: one statistics network through the layers of all utterances in turn, only Adam begins anew."""
-    pairs = noise_pairs(6, 80, utts=2, layers=3)
-    settings = MinePaperSettings(epochs=10, minibatch=32, learning_rate=1e-3, reuse_critic=True)
-    model = plain_model(6, settings, 0)
-    expected = [
-        [plain_estimate(model, f"{pair.name}/{i}", pair.x, layer, settings) for i, layer in enumerate(pair.y)]
-        for pair in pairs
-    ]
-    assert torch.allclose(mine_paper(pairs, settings), torch.tensor(expected), rtol=0.03, atol=2e-3)
-
-
-def test_reused_critic_hangs_on_what_came_before():
-    pairs, settings = noise_pairs(8, 64, utts=2), MinePaperSettings(epochs=40, minibatch=32, learning_rate=1e-3)
-    reused = mine_paper(pairs, replace(settings, reuse_critic=True))
-    later_alone = mine_paper(pairs[1:], replace(settings, reuse_critic=True))
-    assert abs(reused[1] - later_alone[0]).item() > 1e-3
 
 
 def layer_features(utts=12, frames=90):

@@ -1,18 +1,16 @@
-"""Many small critics trained side by side: one batched product per layer instead of a loop over problems.
+"""What critics share: first weights, Gaussian scores in closed form, and an optimiser of many networks side by side.
 
-G problems (each with its own weights), N frames, D input width, H hidden width, E embedding width.
+G networks (each with its own weights), F frames, D input width, K pairs of canonical variates.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-LIMIT = 12.0  # nats, of a score
 _CLOSEST = (1.0 - 1e-8) ** 0.5  # a canonical correlation: at most 9 nats a pair
 
 
@@ -35,50 +33,6 @@ class Parameters:
         """Make every tensor a leaf that collects a gradient."""
         for tensor in self.tensors():
             tensor.requires_grad_(True)
-
-
-@dataclass
-class ConcatCritic(Parameters):
-    """T(x, y) = W3 relu(W2 relu(W1 [x; y])): the published critic (docs/papers.md 6: 2D -> H -> H -> 1).
-
-    W1 is kept as its two halves, so that shuffled pairs reuse both products: W1 [x; y'] = Wx x + Wy y'.
-    """
-
-    weight_x: Tensor  # (G, Dx, H)
-    weight_y: Tensor  # (G, Dy, H)
-    bias1: Tensor  # (G, 1, H)
-    weight2: Tensor  # (G, H, H)
-    bias2: Tensor  # (G, 1, H)
-    weight3: Tensor  # (G, H, 1)
-    bias3: Tensor  # (G, 1, 1)
-
-    @classmethod
-    def create(cls, generators: list[torch.Generator], dim_x: int, dim_y: int, hidden: int) -> ConcatCritic:
-        """Return freshly initialised critics, one per generator."""
-        both = dim_x + dim_y
-        return cls(
-            linear_weights(generators, (dim_x, hidden), both),
-            linear_weights(generators, (dim_y, hidden), both),
-            linear_weights(generators, (1, hidden), both),
-            linear_weights(generators, (hidden, hidden), hidden),
-            linear_weights(generators, (1, hidden), hidden),
-            linear_weights(generators, (hidden, 1), hidden),
-            linear_weights(generators, (1, 1), hidden),
-        )
-
-    def scores(self, x: Tensor, y: Tensor, permutation: Tensor) -> tuple[Tensor, Tensor]:
-        """Return T on true pairs and on (x_i, y_permutation(i)).
-
-        x (G, N, Dx), y (G, N, Dy), permutation (G, N) long -> two of (G, N).
-        """
-        groups = x.shape[0]
-        hidden_x = torch.baddbmm(self.bias1[:groups], x, self.weight_x[:groups])
-        hidden_y = torch.bmm(y, self.weight_y[:groups])
-        shuffled = hidden_y.gather(1, permutation[:, :, None].expand_as(hidden_y))
-        pair = torch.cat([hidden_x + hidden_y, hidden_x + shuffled], dim=1).relu_()
-        pair = torch.baddbmm(self.bias2[:groups], pair, self.weight2[:groups]).relu_()
-        score = torch.baddbmm(self.bias3[:groups], pair, self.weight3[:groups])[:, :, 0]
-        return score[:, : x.shape[1]], score[:, x.shape[1] :]
 
 
 @dataclass(frozen=True)
@@ -199,65 +153,6 @@ def _correlations(maps: tuple[Tensor, Tensor], moments: tuple[Tensor, ...], coun
     return out
 
 
-@dataclass
-class SeparableCritic(Parameters):
-    """T(x, y) = gain * Gaussian score + f(x) . g(y) + u(x) + v(y), each of f, g a linear path beside a hidden layer.
-
-    All N x N pairs cost one product, so the marginal is estimated from every pair of a batch. u and v are the first
-    output column of the two towers. The Gaussian score is closed form (GaussianScore) and the towers begin near 0, so a
-    critic learns only what is not Gaussian: weights found by gradient alone miss the sharp ridge of strong dependence.
-    Scores bend towards +-12, so that no single pair of frames far from all others owns the sum over the marginal.
-    """
-
-    gain: Tensor  # (G, 1, 1)
-    linear_x: Tensor  # (G, Dx, 1 + E)
-    hidden_x: Tensor  # (G, Dx, H)
-    hidden_bias_x: Tensor  # (G, 1, H)
-    out_x: Tensor  # (G, H, 1 + E)
-    linear_y: Tensor  # (G, Dy, 1 + E)
-    hidden_y: Tensor  # (G, Dy, H)
-    hidden_bias_y: Tensor  # (G, 1, H)
-    out_y: Tensor  # (G, H, 1 + E)
-
-    @classmethod
-    def create(
-        cls, generators: list[torch.Generator], dim_x: int, dim_y: int, hidden: int, embedding: int
-    ) -> SeparableCritic:
-        """Return freshly initialised critics, one per generator; their towers' scores begin near 0."""
-        parts = [torch.ones(len(generators), 1, 1)]
-        for dim in (dim_x, dim_y):
-            parts += [
-                linear_weights(generators, (dim, 1 + embedding), dim) * 0.1,
-                linear_weights(generators, (dim, hidden), dim) * 3**0.5,
-                linear_weights(generators, (1, hidden), 1),
-                linear_weights(generators, (hidden, 1 + embedding), hidden) * 0.1,
-            ]
-        return cls(*parts)
-
-    def scores(self, x: Tensor, y: Tensor, base: Tensor) -> Tensor:
-        """Return T of every pair: x (G, N, Dx), y (G, M, Dy), base (G, N, M) the Gaussian score -> (G, N, M)."""
-        tower_x = _tower(x, self.linear_x, self.hidden_x, self.hidden_bias_x, self.out_x)
-        tower_y = _tower(y, self.linear_y, self.hidden_y, self.hidden_bias_y, self.out_y)
-        score = torch.baddbmm(self.gain * base, tower_x[:, :, 1:], tower_y[:, :, 1:].transpose(1, 2))
-        score = score + tower_x[:, :, :1] + tower_y[:, :, :1].transpose(1, 2)
-        fourth = (score / LIMIT).square().square()
-        return score * (1.0 + fourth).rsqrt().sqrt()  # straight up to a half of the limit, where tanh is 8 % off
-
-    def one(self, number: int) -> SeparableCritic:
-        """Return the critic of that number alone."""
-        return SeparableCritic(*[tensor[number : number + 1] for tensor in self.tensors()])
-
-    @torch.no_grad()
-    def decay(self, amount: float) -> None:
-        """Shrink all weights by a share, but for the gain of the Gaussian score."""
-        for tensor in self.tensors()[1:]:
-            tensor.mul_(1.0 - amount)
-
-
-def _tower(x: Tensor, linear: Tensor, hidden: Tensor, bias: Tensor, out: Tensor) -> Tensor:
-    return torch.baddbmm(torch.bmm(x, linear), torch.baddbmm(bias, x, hidden).relu(), out)
-
-
 class Adam:
     """Adam over critics of which only the first ``active`` still train (the rest keep weights and moments).
 
@@ -295,49 +190,3 @@ class Adam:
         )
         for tensor in self.tensors:
             tensor.grad = None
-
-
-def diagonal(scores: Tensor) -> Tensor:
-    """Return the scores of the true pairs: (G, N, N) -> (G, N)."""
-    return scores.diagonal(dim1=1, dim2=2)
-
-
-def infonce_terms(scores: Tensor, different: Tensor, axis: int = 2) -> Tensor:
-    """Return T_ii - ln mean_j exp T_ij over j = i and the frames j of other utterances: (G, N, N) -> (G, N).
-
-    Scores are bounded (see SeparableCritic), so sums of exponentials need no shift.
-    """
-    true = diagonal(scores)
-    total = (scores.exp() * different).sum(axis) + true.exp()
-    return true - total.log() + (different.sum(axis) + 1).log()
-
-
-def infonce_value(scores: Tensor, utterance: Tensor, weights: np.ndarray) -> np.ndarray:
-    """Return InfoNCE for every weighting of the utterances: scores (F, F), utterance (F,), weights (W, U) -> (W,)."""
-    member = _membership(utterance, weights)
-    terms = infonce_terms(scores[None], (utterance[:, None] != utterance[None, :])[None])[0].double()
-    return weights @ (terms @ member).numpy() / (weights @ member.sum(0).numpy())
-
-
-def expectations(
-    scores: Tensor, utterance: Tensor, weights: np.ndarray, clip: float | None = None
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return E_joint[T] and ln E_product[exp T] for every weighting of the utterances, and the crowding.
-
-    scores (F, F), utterance (F,), weights (W, U) -> two of (W,). The product's pairs are those of different utterances
-    and the true ones; ``clip`` limits T there to +-clip. Crowding is the share of the true pairs in that mean.
-    """
-    member = _membership(utterance, weights)
-    sizes, off = member.sum(0).numpy(), 1.0 - np.eye(member.shape[1])
-    ratio = (scores if clip is None else scores.clamp(-clip, clip)).exp()
-    own = (ratio.diagonal().double() @ member).numpy()
-    blocks = ((member.float().T @ ratio).double() @ member).numpy() * off
-    both, total = weights * sizes, weights @ sizes
-    pairs = np.einsum("wu,uv,wv->w", both, off, both, optimize=True) + total
-    sums = np.einsum("wu,uv,wv->w", weights, blocks, weights, optimize=True) + weights @ own
-    joint = weights @ (scores.diagonal().double() @ member).numpy() / total
-    return joint, np.log(sums / pairs), float(own.sum() / (own.sum() + blocks.sum()))
-
-
-def _membership(utterance: Tensor, weights: np.ndarray) -> Tensor:
-    return torch.nn.functional.one_hot(utterance, weights.shape[1]).double()  # (F, U)

@@ -39,10 +39,6 @@ class Part:
         """Frames per utterance (U,)."""
         return torch.bincount(self.utterance, minlength=self.num_utts).double().numpy()
 
-    def different(self) -> Tensor:
-        """Which pairs of frames are of different utterances: (1, F, F) bool."""
-        return (self.utterance[:, None] != self.utterance[None, :])[None]
-
 
 def split_by_utterance(
     x: Tensor,
@@ -119,16 +115,6 @@ class Problem:
 
 def _widen(features: Tensor, width: int) -> Tensor:
     return F.pad(features, (0, width - features.shape[-1]))
-
-
-def gaussian_towers(problems: Sequence[Problem], parts: Sequence[Part]) -> list[tuple[Tensor, Tensor]]:
-    """Return per problem the two sides of the Gaussian scores of a part: (L, F, K) each, K the same everywhere."""
-    width = max(gaussian.square.shape[0] for problem in problems for gaussian in problem.gaussian)
-    result = []
-    for problem, part in zip(problems, parts, strict=True):
-        sides = [gaussian.towers(part.x, y, width) for gaussian, y in zip(problem.gaussian, part.y, strict=True)]
-        result.append((torch.stack([x for x, _ in sides]), torch.stack([y for _, y in sides])))
-    return result
 
 
 def blocks_of(num_frames: int, block_frames: int, guard_frames: int) -> tuple[Tensor, Tensor]:
