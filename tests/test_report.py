@@ -10,9 +10,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from espnet_mamba.analysis.layer_plots import plot_layers
 from espnet_mamba.analysis.plots import plot_mutual_information, plot_purity
 from espnet_mamba.analysis.report_blocks import duration, number, percent
-from espnet_mamba.analysis.table import LayerValue, write_table_csv
+from espnet_mamba.analysis.table import LayerValue, read_table_csv, write_table_csv
 from espnet_mamba.bin import report
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -99,8 +100,13 @@ def make_analysis(folder):
         for measure, estimator, reference, unit in (
             ("mutual_information", "dv_heldout", "layer0", "nats"),
             ("phone_purity", "kmeans100", "phones", "fraction"),
+            ("pwcca", "heldout_10folds", "phones", "correlation"),
+            ("cka", "all_rows", "phones", "correlation"),
         )
     ]
+    similarity = [row for row in rows if row.unit == "correlation"]
+    write_table_csv(folder / "layers.csv", similarity)
+    plot_layers(similarity, folder / "layers")
     for name, plot, measure in (
         ("mutual_information", plot_mutual_information, "mutual_information"),
         ("purity", plot_purity, "phone_purity"),
@@ -118,8 +124,13 @@ def run(root, *arguments):
 
 
 @pytest.fixture(scope="module")
-def rendered(tmp_path_factory):
-    root = tmp_path_factory.mktemp("report")
+def root_of_rendered(tmp_path_factory):
+    return tmp_path_factory.mktemp("report")
+
+
+@pytest.fixture(scope="module")
+def rendered(root_of_rendered):
+    root = root_of_rendered
     make_results(root)
     places = ["--targets", root / "targets1", "--pretrain", root / "pretrain1", "--asr_dir", root / "asr"]
     places += ["--superb_dir", root / "superb", "--efficiency_dir", root / "eff", "--config", root / "model.yaml"]
@@ -166,10 +177,41 @@ def test_page_stands_alone(rendered):
         "Configuration", "Versions and machine", "Stages",
     ]  # fmt: skip
     figures = [source for source in parsed.sources if source.startswith("data:")]
-    assert len(figures) == 3  # training, mutual information, purity
+    assert len(figures) == 6  # training, overview, mutual information, purity, PWCCA, CKA
     for source in figures:
         assert b"<svg" in base64.b64decode(source.partition("base64,")[2])
     assert all(source.startswith(("#", "data:")) for source in parsed.sources)
+
+
+def test_layers_are_told_on_one_page(rendered):
+    markdown, page = rendered
+    layers = markdown.partition("## Layers")[2].partition("## Efficiency")[0]
+    assert layers.index("layers_overview.svg") < layers.index("| measure | system | peak |") < layers.index("### ")
+    peak = "| phone purity: K = 100 (fraction) | pretrained | layer1 | all | 1.250 [1.100, 1.400] | 0.010 | 6.900 |  |"
+    assert peak in layers
+    titles = ["Mutual information", "Phone purity", "Canonical correlation and alignment"]
+    assert re.findall(r"^### (.*)", layers, re.M) == titles
+    assert "[layers.csv](../analysis_tag/layers.csv)" in layers, "long tables are the page's; RESULTS.md names the file"
+    folded = re.findall(r"<summary>(.*?)</summary>", page)
+    assert {"further figures", "all values: mutual information per layer"} <= set(folded)
+    assert not (set(re.findall(r"Missing: ([^.]*)", layers)))
+
+
+def test_ssamba_has_no_targets_and_none_are_missed(tmp_path, capsys):
+    markdown, page = run(tmp_path, "--targets")
+    quality = markdown.partition("## Targets quality")[2].partition("##")[0]
+    assert "SSAMBA has no targets" in quality and "Missing" not in quality
+    assert "quality of the targets" not in capsys.readouterr().out
+    markdown, _ = run(tmp_path)
+    assert "Missing: the quality of the targets" in markdown
+
+
+def test_figures_of_the_report_leave_their_numbers(rendered, root_of_rendered):
+    points = (root_of_rendered / "tag/pretraining.csv").read_text().splitlines()
+    assert points[0] == "run,split,curve,step,value" and "pretrain1,train,loss per masked frame (nats),200,2" in points
+    assert "pretrain1,valid,accuracy at masked frames (%),100,10" in points
+    overview = read_table_csv(root_of_rendered / "tag/layers_overview.csv")
+    assert {row.measure for row in overview} == {"mutual_information", "phone_purity", "pwcca"}
 
 
 def test_text_of_others_is_escaped(rendered):

@@ -6,7 +6,17 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from espnet_mamba.analysis.report_blocks import Block, Code, Figure, Missing, Section, Table, Text
+from espnet_mamba.analysis.report_blocks import (
+    Block,
+    Code,
+    Figure,
+    Gallery,
+    Heading,
+    Missing,
+    Section,
+    Table,
+    Text,
+)
 from espnet_mamba.analysis.report_html import render_html
 from espnet_mamba.analysis.report_inputs import ReportPaths, read_results
 from espnet_mamba.analysis.report_sections import build_sections
@@ -34,14 +44,25 @@ def render_markdown(title: str, sections: Sequence[Section], out_dir: Path) -> s
 
 
 def _block(block: Block, out_dir: Path) -> str:
+    if isinstance(block, Heading):
+        return f"### {block.text}\n"
     if isinstance(block, Table):
-        return _table(block)
+        return _link(block, out_dir) if block.folded and block.source else _table(block)
+    if isinstance(block, Gallery):
+        return "\n".join(_block(figure, out_dir) for figure in block.figures)
     if isinstance(block, Figure):
         return f"![{block.caption}]({os.path.relpath(block.path, out_dir)})\n"
     if isinstance(block, Code):
         return f"`{block.title}`\n\n```yaml\n{block.text}\n```\n"
     assert isinstance(block, (Text, Missing))
     return f"*{block.text}*\n" if isinstance(block, Missing) else f"{block.text}\n"
+
+
+def _link(table: Table, out_dir: Path) -> str:
+    """A page of hundreds of rows is the page's to fold; here the file is named."""
+    assert table.source is not None
+    target = os.path.relpath(table.source, out_dir)
+    return f"{table.folded[:1].upper()}{table.folded[1:]}: [{table.source.name}]({target})\n"
 
 
 def _table(table: Table) -> str:

@@ -9,6 +9,13 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
+class Heading:
+    """A heading within a section."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Text:
     """A paragraph."""
 
@@ -30,12 +37,16 @@ class Missing:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a header, right aligned but for the columns of ``left``; ``folded`` names a long one."""
+    """Rows of cells under a header, right aligned but for the columns of ``left``.
+
+    ``folded`` names a long one, which the page folds; RESULTS.md then links to ``source``, the file with its rows.
+    """
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     left: Sequence[int] = (0,)
     folded: str = ""
+    source: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +58,14 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Gallery:
+    """Figures two across; ``folded`` names those that few readers need, which the page folds."""
+
+    figures: Sequence[Figure]
+    folded: str = ""
+
+
+@dataclass(frozen=True)
 class Code:
     """A file or command shown as it is."""
 
@@ -54,7 +73,7 @@ class Code:
     text: str
 
 
-Block = Text | Missing | Table | Figure | Code
+Block = Heading | Text | Missing | Table | Figure | Gallery | Code
 
 
 @dataclass(frozen=True)

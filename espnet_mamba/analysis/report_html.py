@@ -7,7 +7,7 @@ import html
 import re
 from collections.abc import Sequence
 
-from espnet_mamba.analysis.report_blocks import Block, Code, Figure, Missing, Section, Table, Text
+from espnet_mamba.analysis.report_blocks import Block, Code, Figure, Gallery, Heading, Missing, Section, Table, Text
 
 _CSS = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --line: #d5dae0; --soft: #f4f6f8; --mark: #8a4b00; }
@@ -18,6 +18,7 @@ body { margin: 0 auto; max-width: 1100px; padding: 1.5rem; color: var(--ink); ba
        font: 15px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
 h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.25rem; margin: 2.2rem 0 .6rem;
      border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
+h3 { font-size: 1.05rem; margin: 1.8rem 0 .4rem; }
 nav a { margin-right: 1rem; color: inherit; } p { max-width: 75ch; }
 .scroll { overflow-x: auto; max-height: 32rem; overflow-y: auto; margin: .6rem 0; }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
@@ -25,6 +26,8 @@ th, td { padding: .25rem .7rem; border-bottom: 1px solid var(--line); text-align
 th { background: var(--soft); position: sticky; top: 0; } .left { text-align: left; }
 figure { margin: 1rem 0; }
 figure img { max-width: 100%; height: auto; background: #fff; border: 1px solid var(--line); }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); gap: 0 1rem; }
+details { margin: .6rem 0; } summary { cursor: pointer; }
 figcaption { font-size: .87rem; max-width: 75ch; } .missing { color: var(--mark); }
 pre { background: var(--soft); padding: .7rem; overflow-x: auto; font-size: .82rem; } code { font-size: .85em; }
 """
@@ -49,6 +52,8 @@ def _anchor(title: str) -> str:
 
 
 def _block(block: Block) -> str:
+    if isinstance(block, Heading):
+        return f"<h3>{html.escape(block.text)}</h3>"
     if isinstance(block, Text):
         return f"<p>{html.escape(block.text)}</p>"
     if isinstance(block, Missing):
@@ -59,7 +64,16 @@ def _block(block: Block) -> str:
         return (
             f"<details open><summary>{html.escape(block.title)}</summary><pre>{html.escape(block.text)}</pre></details>"
         )
-    return _figure(block)
+    return _gallery(block) if isinstance(block, Gallery) else _figure(block)
+
+
+def _gallery(gallery: Gallery) -> str:
+    shown = f'<div class="gallery">{"".join(map(_figure, gallery.figures))}</div>'
+    return _fold(gallery.folded, shown)
+
+
+def _fold(name: str, shown: str) -> str:
+    return f"<details><summary>{html.escape(name)}</summary>{shown}</details>" if name else shown
 
 
 def _table(table: Table) -> str:
@@ -69,7 +83,7 @@ def _table(table: Table) -> str:
     head = row(table.header, "th")
     body = "".join(row(cells, "td") for cells in table.rows)
     shown = f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
-    return f"<details><summary>{html.escape(table.folded)}</summary>{shown}</details>" if table.folded else shown
+    return _fold(table.folded, shown)
 
 
 def _cell(text: str, tag: str, is_left: bool) -> str:

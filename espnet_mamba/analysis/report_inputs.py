@@ -16,10 +16,13 @@ SYSTEMS = ("pretrained", "random", "fbank")
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """Where the results stand; None or empty where there are none."""
+    """Where the results stand; None or empty where there are none.
+
+    ``targets`` that are empty, not None, say that this kind of model has none (SSAMBA).
+    """
 
     stages_dir: Path | None = None
-    targets: Sequence[Path] = ()
+    targets: Sequence[Path] | None = None
     pretrain: Sequence[Path] = ()
     asr_dir: Path | None = None
     superb_dir: Path | None = None
@@ -54,7 +57,7 @@ def read_results(tag: str, paths: ReportPaths) -> Results:
         stages=sorted(_all(paths.stages_dir, "*.json", ("number", "name")), key=lambda record: record["number"]),
         targets=[
             {"folder": folder.name} | record
-            for folder in paths.targets
+            for folder in paths.targets or ()
             for record in _all(folder, "quality.json", ("sets", "num_clusters"))
         ],
         training={folder.name: rows for folder in paths.pretrain if (rows := _training_log(folder))},

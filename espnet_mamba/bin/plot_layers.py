@@ -19,13 +19,19 @@ def get_parser() -> argparse.ArgumentParser:
         help="name of a run, once per table in their order; used where runs share a system (part of the path)",
     )
     parser.add_argument("--measure", action="append", default=[], help="draw this measure; may be repeated (all)")
+    parser.add_argument(
+        "--relative_depth",
+        action="store_true",
+        help="layers as shares of each system's last one, for systems of different depth (layer numbers)",
+    )
     return parser
 
 
 def main() -> None:
     """Parse and call."""
     args = get_parser().parse_args()
-    from espnet_mamba.analysis.layer_plots import plot_layers, read_runs
+    from espnet_mamba.analysis.layer_plots import plot_layers
+    from espnet_mamba.analysis.runs import read_runs
 
     rows = read_runs(args.tables, args.name)
     measures = sorted({row.measure for row in rows})
@@ -33,7 +39,8 @@ def main() -> None:
         if measure not in measures:
             raise ValueError(f"--measure {measure}: not in these tables; they hold {', '.join(measures) or 'nothing'}")
     chosen = [row for row in rows if not args.measure or row.measure in args.measure]
-    for path in plot_layers(chosen, args.out_dir):
+    systems = list(dict.fromkeys(row.system for row in rows))
+    for path in plot_layers(chosen, args.out_dir, systems, args.relative_depth):
         print(path, flush=True)
 
 

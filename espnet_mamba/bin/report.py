@@ -16,7 +16,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out_dir", type=Path, help="where to write (EXP_DIR/TAG)")
     parser.add_argument("--stages_dir", type=Path, help="folder of stage records (OUT_DIR/stages)")
     parser.add_argument(
-        "--targets", type=Path, nargs="*", default=[], help="folders with quality.json, one per iteration"
+        "--targets",
+        type=Path,
+        nargs="*",
+        help="folders with quality.json, one per iteration; with nothing: a model without targets (SSAMBA)",
     )
     parser.add_argument("--pretrain", type=Path, nargs="*", default=[], help="folders with train_log.jsonl")
     parser.add_argument("--asr_dir", type=Path, help="folder with a score.json per system, at any depth")
