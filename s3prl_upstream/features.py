@@ -5,7 +5,8 @@ B utterances, S samples at 16 kHz, T frames, D_l width of layer l.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 import s3prl_upstream  # noqa: F401 - registers mamba_hubert
 from espnet_mamba.names import nearest
+from espnet_mamba.targets.features import CONV
 from s3prl_upstream.rng import rng_preserved
 
 PREFIX = "s3prl:"
 GRID = 320  # samples from frame to frame of the front end, of log-mel and of frame labels
 WINDOW = 400  # samples that a frame of the grid sees
+FRONT_ENDS = {"front_end": 2, "feature_extractor": 1}  # what models call their convolutions, and the axis of channels
 
 OneByOne = Callable[[Tensor], list[Tensor]]
 
@@ -52,6 +55,22 @@ class S3prlSource:
         self.hop = grid or self.rates[0]
         self.dims = list(self.upstream.hidden_sizes)
         self.names = [name] if len(self.dims) == 1 else [f"layer{i}" for i in range(len(self.dims))]
+        self._front_end: tuple[nn.Module, int] | None = None
+
+    def add_conv(self) -> bool:
+        """See ``espnet_mamba.targets.features.add_conv``: for wav2vec 2.0, HuBERT and their kin, ours among them."""
+        if CONV in self.names:
+            return True
+        modules = list(self.upstream.named_modules())
+        found = [
+            (module, axis) for name, module in modules for end, axis in FRONT_ENDS.items() if name.endswith(f".{end}")
+        ]
+        if len(found) != 1 or len(set(self.rates)) > 1:
+            return False
+        self._front_end = found[0]
+        self.names, self.rates = [*self.names, CONV], [*self.rates, self.rates[0]]
+        self.dims = [*self.dims, self._layers(torch.zeros(16000))[-1].shape[1]]
+        return True
 
     @torch.no_grad()
     def __call__(self, wavs: Tensor, num_samples: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -60,8 +79,25 @@ class S3prlSource:
 
     def _layers(self, wav: Tensor) -> list[Tensor]:
         """Return the valid frames of one waveform (S,): per layer (T_l, D_l)."""
-        layers, lengths = self.upstream(wav[None].to(self.device), torch.tensor([len(wav)], device=self.device))
-        return [layer[0, : int(length)].cpu() for layer, length in zip(layers, lengths, strict=True)]
+        with _outputs(self._front_end) as conv:
+            layers, lengths = self.upstream(wav[None].to(self.device), torch.tensor([len(wav)], device=self.device))
+        found = [layer[0, : int(length)].cpu() for layer, length in zip(layers, lengths, strict=True)]
+        return found + [frames[0].cpu() for frames in conv]
+
+
+@contextmanager
+def _outputs(front_end: tuple[nn.Module, int] | None) -> Iterator[list[Tensor]]:
+    """Yield a list that a pass fills with the front end's output (B, T, C); it stays empty where there is none."""
+    found: list[Tensor] = []
+    if front_end is None:
+        yield found
+        return
+    module, axis = front_end
+    handle = module.register_forward_hook(lambda _, __, output: found.append(output if axis == 2 else output.mT))
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def open_s3prl(spec: str, device: str = "cpu") -> S3prlSource:

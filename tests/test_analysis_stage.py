@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 import sys
 
 import numpy as np
@@ -11,7 +13,8 @@ import pytest
 import soundfile
 import torch
 
-from espnet_mamba.analysis.settings import load_settings
+from espnet_mamba.analysis import parts, stage
+from espnet_mamba.analysis.settings import AnalysisSettings, load_settings
 from espnet_mamba.analysis.stage import run_analysis
 from espnet_mamba.analysis.statistics import choose_utterances, collect_features
 from espnet_mamba.analysis.table import COLUMNS, LayerValue, read_table_csv, write_table_csv
@@ -25,10 +28,14 @@ from espnet_mamba.targets.features import open_features
 
 SETTINGS = """
 mine_utterances: 3
+mine_seeds: 2
+per_utterance_utterances: 2
+ksg: {held_out_frames: 120, groups: 2}
 mine_paper: {epochs: 2, minibatch: 32}
-bounds: {steps: 10, batch_frames: 48, check_every: 5, check_frames: 100, held_out_frames: 200, seeds: 2, resamples: 50}
+bounds: {steps: 10, batch_frames: 48, check_every: 5, check_frames: 100, held_out_frames: 200, seeds: 2, resamples: 50,
+         block_frames: 5, guard_frames: 1}
 purity: {clusters: [4, 8], iterations: 5, resamples: 50}
-similarity: {folds: 4, nulls: 2, cca: {trials: 2}}
+similarity: {views: [logmel, phones, speaker, emotion], folds: 4, nulls: 2, cca: {trials: 2}}
 probes: {resamples: 50, null_draws: 2}
 reconstruction: {hidden: 4, steps: 10, check_every: 5, seeds: 2, resamples: 50}
 discrete: {clusters: [4], iterations: 5, shuffles: 2, resamples: 50}
@@ -89,6 +96,12 @@ def run(place, out_dir, *extra):
         analyse.main()
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leave out the figures per measure, which take most of the time."""
+    monkeypatch.setattr(stage, "plot_layers", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def results(place):
     run(place, place / "out")
@@ -97,16 +110,22 @@ def results(place):
 
 def test_every_layer_of_every_system_is_measured(results):
     rows = read_table_csv(results / "mutual_information.csv")
-    measured = {(row.system, row.estimator, row.reference, row.layer) for row in rows}
-    layers = {"layer0": (1, 2), "logmel": (0, 1, 2)}
+    values = [row for row in rows if row.measure == "mutual_information"]
+    measured = {(row.system, row.estimator, row.reference, row.layer) for row in values}
+    layers = {"layer0": (1, 2), "conv": (0, 1, 2), "logmel": (0, 1, 2)}
+    bounds = [f"{name}_heldout" for name in ("dv", "infonce", "smile", "nwj")]
+    estimators = ["mine_paper", "mine_paper_reuse", "ksg4", *bounds, *(f"{name}_per_utterance" for name in bounds)]
     assert measured == {
         (system, estimator, reference, layer)
         for system in ("pretrained", "random")
-        for estimator in ("mine_paper", *(f"{name}_heldout" for name in ("dv", "infonce", "smile", "nwj")))
+        for estimator in estimators
         for reference, own in layers.items()
         for layer in own
     }
-    assert all(math.isfinite(row.value) and math.isfinite(row.null) and row.unit == "nats" for row in rows)
+    assert all(math.isfinite(row.value) and math.isfinite(row.null) and row.unit == "nats" for row in values)
+    assert {row.num_seeds for row in values if row.estimator != "ksg4"} == {2}
+    bias = {(row.estimator, row.reference) for row in rows if row.measure == "mutual_information_bias"}
+    assert bias == {("ksg4", reference) for reference in layers}
     purity = read_table_csv(results / "purity.csv")
     assert {(row.system, row.layer_name) for row in purity if row.system == "fbank"} == {("fbank", "logmel")}
     spoken = [row for row in purity if row.measure == "phone_purity" and row.reference == "phones"]
@@ -139,13 +158,37 @@ def test_comparison_and_figures_are_written(results):
         assert "<svg" in text and text.count("<path") > 50
 
 
-def test_the_same_seed_gives_the_same_bytes(place, results):
+def test_the_same_seed_gives_the_same_bytes(place, results, undrawn):
     run(place, place / "again")
     for name in ("mutual_information.csv", "purity.csv", "purity_comparison.json", "purity.svg"):
         assert (place / "again" / name).read_bytes() == (results / name).read_bytes(), name
 
 
-def test_without_phones_purity_is_left_out_and_said(place, tmp_path, capsys):
+def test_a_killed_run_goes_on_after_the_last_finished_system(place, results, tmp_path, monkeypatch, undrawn, capsys):
+    shutil.copytree(results / "parts", tmp_path / "out/parts")
+    for part in (tmp_path / "out/parts").glob("random-*.json"):
+        part.unlink()  # killed in the second system: its counts may be there, its record is not
+    extracted = []
+    monkeypatch.setattr(stage, "collect_features", lambda *a: extracted.append(a[-1]) or collect_features(*a))
+    run(place, tmp_path / "out")
+    assert extracted == ["logmel", "random test", "random dev"]
+    said = capsys.readouterr().out
+    assert "pretrained: read back from an earlier run, 1 of 3" in said and "random: done in" in said
+    for name in ("mutual_information.csv", "purity.csv", "layers.csv", "purity_comparison.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (results / name).read_bytes(), name
+
+
+def test_another_model_or_setting_is_another_part(place, tmp_path):
+    def key(system="a", path="pretrained", **settings):
+        return parts.part_key({"system": system, **settings}, [place / path])
+
+    assert key() == key() and len({key(), key("b"), key(path="random"), key(path="none"), key(seed=1)}) == 5
+    before, weights = key(), next((place / "pretrained").glob("*.safetensors"))
+    os.utime(weights, ns=(1, 1))
+    assert key() != before
+
+
+def test_without_phones_purity_is_left_out_and_said(place, tmp_path, undrawn, capsys):
     ctm = place / "dump/test/phones.ctm"
     hidden = ctm.rename(ctm.with_suffix(".hidden"))
     try:
@@ -161,7 +204,7 @@ def test_without_phones_purity_is_left_out_and_said(place, tmp_path, capsys):
 def test_extraction_hangs_on_neither_order_nor_batches(place, monkeypatch):
     source, utterances = open_features(str(place / "pretrained")), read_manifest(place / "dump/test")
     together = collect_features(source, utterances)
-    assert together.names == ["layer0", "layer1", "layer2"]
+    assert together.names == ["layer0", "layer1", "layer2"]  # and no conv unless it is asked for
     assert together.sizes == [(u.num_samples - 400) // 320 + 1 for u in utterances]
     one_by_one = [collect_features(source, [utterance]).layers[2] for utterance in reversed(utterances)]
     assert torch.allclose(together.layers[2], torch.cat(one_by_one[::-1]), atol=1e-4)
@@ -176,18 +219,6 @@ def test_memory_limit_chooses_the_same_fewer_utterances(place):
     assert sum(u.num_samples // 320 * 64 for u in fewer) <= 0.012 * 2**20
     with pytest.raises(ValueError, match="raise max_memory_mb"):
         choose_utterances(utterances, None, 1e-4, 64, seed=0)
-
-
-def test_nan_features_are_named(place):
-    class Broken:
-        names, dims, hop = ["layer0"], [2], 320
-
-        def __call__(self, wavs, num_samples):
-            frames = (num_samples - 400) // 320 + 1
-            return [torch.full((len(wavs), int(frames.max()), 2), torch.nan)], frames
-
-    with pytest.raises(ValueError, match="s1-u00: layer0 holds NaN"):
-        collect_features(Broken(), read_manifest(place / "dump/test"))
 
 
 def test_table_survives_the_round_trip_and_names_what_is_missing(tmp_path):
@@ -205,7 +236,10 @@ def test_table_survives_the_round_trip_and_names_what_is_missing(tmp_path):
     [
         ("bounds: {step: 3}", "unknown key 'step', did you mean 'steps'"),
         ("purities: {}", "unknown key 'purities', did you mean 'purity'"),
-        ("references: [mfcc]", "'mfcc' is not one of: layer0 logmel"),
+        ("references: [mfcc]", "'mfcc' is not one of: layer0 conv logmel"),
+        ("information: [mine]", "'mine' is not one of: mine_paper mine_paper_reuse bounds ksg"),
+        ("mine_paper: {reuse_critic: true}", "name mine_paper_reuse under information"),
+        ("ksg: {neighbors: 3}", "did you mean 'neighbours'"),
         ("dtype: int8", "'int8' is not one of"),
     ],
 )
@@ -218,7 +252,9 @@ def test_wrong_settings_are_named(tmp_path, text, message):
 def test_shipped_settings_load(request):
     folder = request.config.rootpath / "conf/analysis"
     settings = {path.stem: load_settings(path) for path in folder.glob("*.yaml")}
-    assert settings["mini"].bounds.seeds >= 3 and settings["smoke"].bounds.steps < settings["mini"].bounds.steps
+    for own in (AnalysisSettings(), settings["mini"]):
+        assert own.bounds.seeds >= 5 and own.mine_seeds >= 5
+    assert settings["smoke"].bounds.steps < settings["mini"].bounds.steps
 
 
 @pytest.mark.parametrize("system", ["pretrained", "=x", "a="])

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from espnet_mamba.analysis.sampling import bootstrap_weights, centred_interval, torch_generator
 from espnet_mamba.analysis.splits import permuted_utterances
@@ -27,12 +28,18 @@ _CELLS_AT_ONCE = 4_000_000  # of resampled tables
 
 @dataclass(frozen=True)
 class DiscreteSettings:
-    """``clusters`` K of k-means, ``shuffles`` draws whose mean is the null, ``resamples`` of the bootstrap."""
+    """``clusters`` K of k-means, ``shuffles`` draws whose mean is the null, ``resamples`` of the bootstrap.
+
+    Words in fewer utterances than ``min_utterances`` are left out (what is said once cannot be told from who said it),
+    and of the others the ``max_words`` that most utterances hold are kept (tables of counts are kept per utterance).
+    """
 
     clusters: tuple[int, ...] = (50, 100)
     iterations: int = 30  # most Lloyd iterations
     shuffles: int = 10
     resamples: int = 1000
+    min_utterances: int = 2
+    max_words: int = 200
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "clusters", tuple(int(k) for k in self.clusters))
@@ -105,17 +112,17 @@ def discrete_rows(
     """
     rows = []
     owner = features.utterance.numpy()
-    for num_clusters in settings.clusters:
-        for layer in layers:
-            frames = (fit or features).layers[layer].float()
-            centroids = fit_kmeans(frames, num_clusters, seed, num_iterations=settings.iterations)
-            codes = assign(features.layers[layer].float(), centroids).numpy()
-            for kind, numbers in labels.items():
-                shape = (len(features.utt_ids), int(numbers.max()) + 1, num_clusters)
-                counts = count_pairs(numbers, codes, owner, shape)
-                null = null_information(numbers, codes, features.utterance, shape, settings.shuffles, seed)
-                key = (system, layer, features.names[layer], num_clusters, kind)
-                rows += rows_of_counts(key, counts, null, settings.resamples, seed)
+    jobs = [(num_clusters, layer) for num_clusters in settings.clusters for layer in layers]
+    for num_clusters, layer in tqdm(jobs, desc=f"{system} codes", unit="k-means", mininterval=5, leave=False):
+        frames = (fit or features).layers[layer].float()
+        centroids = fit_kmeans(frames, num_clusters, seed, num_iterations=settings.iterations)
+        codes = assign(features.layers[layer].float(), centroids).numpy()
+        for kind, numbers in labels.items():
+            shape = (len(features.utt_ids), int(numbers.max()) + 1, num_clusters)
+            counts = count_pairs(numbers, codes, owner, shape)
+            null = null_information(numbers, codes, features.utterance, shape, settings.shuffles, seed)
+            key = (system, layer, features.names[layer], num_clusters, kind)
+            rows += rows_of_counts(key, counts, null, settings.resamples, seed)
     return rows
 
 

@@ -135,7 +135,9 @@ def ksg_values(x: Tensor, y: Tensor, utterance: Tensor, settings: KsgSettings, s
 
 def _held_out(x: Tensor, y: Tensor, utterance: Tensor, settings: KsgSettings, seed: int) -> Part:
     """Return the held-out frames' components; the training utterances give the axes, none is needed to select."""
-    shares, most = (0.0, 1.0 - settings.train_share), (2, settings.held_out_frames)
+    count = len(torch.unique(utterance))
+    share = min(1.0 - settings.train_share, max(0.0, 1.0 - 4.0 / count))  # of 6 utterances 4 stay, as the split wants
+    shares, most = (0.0, share), (2, settings.held_out_frames)
     return split_by_utterance(x, y, utterance, shares, most, seed, ("pca", settings.components))[2]
 
 

@@ -115,10 +115,12 @@ def mine_paper_rows(
     settings: MinePaperSettings,
     num_utterances: int,
     seed: int,
+    num_seeds: int = 1,
 ) -> list[LayerValue]:
     """Return one row per layer by the published protocol: the mean over utterances that fill a minibatch.
 
-    ``null`` is the same protocol with the layer's frames taken from another utterance, ``ceiling`` the mean of ln N.
+    It is run ``num_seeds`` times, published once. ``null`` is one run of the same protocol with the layer's frames
+    taken from another utterance, ``ceiling`` the mean of ln N.
     No row when no utterance is long enough (the protocol would train nothing on them).
     """
     name, x = reference
@@ -133,7 +135,8 @@ def mine_paper_rows(
     chosen = [features.utt_ids.index(utt_id) for utt_id in sample_names(long_enough, num_utterances, seed)]
     pairs = _pairs(features, x, layers, chosen, features.utterance.new_zeros(0))
     null_pairs = _pairs(features, x, layers, chosen, shuffled_null(features.utterance))
-    values = mine_paper(pairs, settings, seed).double().numpy()
+    runs = np.stack([mine_paper(pairs, settings, seed + run).double().numpy() for run in range(num_seeds)])
+    values, by_run = runs.mean(0), runs.mean(1)
     null = mine_paper(null_pairs, settings, seed).mean(0)
     weights = bootstrap_weights(len(chosen), 1000, seed) / len(chosen)
     resampled = weights @ values
@@ -157,6 +160,8 @@ def mine_paper_rows(
                 unit="nats",
                 num_frames=sum(sizes[index] for index in chosen),
                 num_utts=len(chosen),
+                num_seeds=num_seeds,
+                seed_sd=float(by_run[:, column].std(ddof=1)) if num_seeds > 1 else float("nan"),
             )
         )
     return rows

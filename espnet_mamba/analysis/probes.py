@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from espnet_mamba.analysis.reconstruction import BLOCK_FRAMES, Moments, joined, moments
 from espnet_mamba.analysis.sampling import bootstrap_weights, interval, sample_names, torch_generator
@@ -89,7 +90,7 @@ def phone_rows(
     nulls = [labels[_of_another(utterance, draw)] for draw in range(1, settings.null_draws + 1)]
     task = _Task("phone_accuracy", "phones", labels, utterance, parts, nulls)
     rows = []
-    for layer in layers:
+    for layer in tqdm(layers, desc=f"{system} phone probe", unit="layer", mininterval=5, leave=False):
         rows += _rows(system, features, layer, features.layers[layer][frames], task, settings, seed)
     return rows
 
@@ -129,7 +130,7 @@ def speaker_rows(
     nulls = [labels[torch.randperm(len(labels), generator=shuffle)] for shuffle in shuffles]
     task = _Task("speaker_accuracy", "speakers", labels, item, parts, nulls)
     rows = []
-    for layer in layers:
+    for layer in tqdm(layers, desc=f"{system} speaker probe", unit="layer", mininterval=5, leave=False):
         rows += _rows(system, features, layer, _means(features, layer)[chosen], task, settings, seed)
     return rows
 

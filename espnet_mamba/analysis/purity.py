@@ -6,18 +6,20 @@ speech, every system finds them, and they hide the difference). F frames, U utte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from espnet_mamba.analysis.sampling import bootstrap_weights, centred_interval, torch_generator
 from espnet_mamba.analysis.settings import PuritySettings
 from espnet_mamba.analysis.statistics import LayerFeatures
 from espnet_mamba.analysis.table import LayerValue
-from espnet_mamba.data.alignment import frame_labels
-from espnet_mamba.data.kaldi import Segment
+from espnet_mamba.data.alignment import frame_labels, require_inside
+from espnet_mamba.data.kaldi import Segment, read_ctm
 from espnet_mamba.targets.kmeans import assign, fit_kmeans
 
 MEASURES = ("phone_purity", "cluster_purity", "pnmi")
@@ -47,13 +49,21 @@ def number_phones(segments: dict[str, list[Segment]], silence: Sequence[str]) ->
 
 
 def phones_of_frames(
-    features: LayerFeatures, segments: dict[str, list[Segment]], numbers: dict[str, int], where: str
+    features: LayerFeatures, segments: Mapping[str, Sequence[Segment]], numbers: Mapping[str, int], where: str
 ) -> np.ndarray:
-    """Return the phone number of every frame (F,); ValueError names an utterance that ``where`` has no phones for."""
+    """Return the number of every frame's label (F,), phone or word; :data:`SILENCE` for one without a number.
+
+    ValueError names an utterance that ``where`` has nothing for, and one whose labels go past its audio.
+    """
+    missing = [utt_id for utt_id in features.utt_ids if utt_id not in segments]
+    if missing:
+        raise ValueError(
+            f"{where}: no {Path(where).stem} for utterance {missing[0]!r} ({len(missing)} in all); "
+            "add them or remove the file"
+        )
     parts = []
     for utt_id, size in zip(features.utt_ids, features.sizes, strict=True):
-        if utt_id not in segments:
-            raise ValueError(f"{where}: no phones for utterance {utt_id!r}; add them or remove the file")
+        require_inside(utt_id, segments[utt_id], size, where)
         parts.append([numbers.get(label, SILENCE) for label in frame_labels(segments[utt_id], size)])
     return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
 
@@ -170,3 +180,26 @@ def _without_dependence(counts: np.ndarray, seed: int) -> np.ndarray:
     codes = np.repeat(np.arange(number.shape[1]), number.sum(0))
     order = torch.randperm(len(codes), generator=torch_generator("purity null", seed)).numpy()
     return _count(codes[order], phones, *number.shape)
+
+
+class PurityTask:
+    """Counts codes against phones, system by system; phones are numbered once for all.
+
+    Args:
+        alignments: phones.ctm of the set that k-means is fitted on, and of the one that is scored.
+        settings: K, silence.
+        seed: of every draw.
+    """
+
+    def __init__(self, alignments: Sequence[Path], settings: PuritySettings, seed: int) -> None:
+        self.segments = [read_ctm(path) for path in alignments]
+        self.paths, self.settings, self.seed = alignments, settings, seed
+        self.numbers = number_phones({k: v for part in self.segments for k, v in part.items()}, settings.silence)
+
+    def count(self, system: str, fit: LayerFeatures, test: LayerFeatures) -> list[LayerCounts]:
+        """Return the counts of every layer for every K; ValueError as :func:`phones_of_frames`."""
+        sets = zip((fit, test), self.segments, self.paths, strict=True)
+        pair = [(features, phones_of_frames(features, seen, self.numbers, str(path))) for features, seen, path in sets]
+        jobs = [(k, layer) for k in self.settings.clusters for layer in range(len(fit.names))]
+        progress = tqdm(jobs, desc=f"{system} purity", unit="k-means", mininterval=5)
+        return [count_layer(system, layer, k, pair[0], pair[1], self.settings, self.seed) for k, layer in progress]

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from espnet_mamba.analysis.critics import Adam, Parameters, linear_weights
 from espnet_mamba.analysis.sampling import bootstrap_weights, interval, sample_names, torch_generator
@@ -370,7 +371,7 @@ def _train_mlps(data: _Data, train: Tensor, select: Tensor, settings: Reconstruc
     optimiser = Adam(decoders, settings.learning_rate)
     batches = [torch_generator("decoder batches", seed, run) for run in range(runs)]
     check = [torch.stack(part) for part in zip(*[data.batch(i, select) for i in range(num_layers)], strict=True)]
-    for step in range(settings.steps + 1):
+    for step in tqdm(range(settings.steps + 1), desc="decoders", unit="step", mininterval=5, leave=False):
         if step % settings.check_every == 0 or step == settings.steps:
             with torch.no_grad():
                 groups = zip(*[part.chunk(runs) for part in decoders.tensors()], strict=True)

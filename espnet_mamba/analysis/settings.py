@@ -10,6 +10,7 @@ import yaml
 
 from espnet_mamba.analysis.bounds import BoundSettings
 from espnet_mamba.analysis.discrete_information import DiscreteSettings
+from espnet_mamba.analysis.ksg import KsgSettings
 from espnet_mamba.analysis.mine import MinePaperSettings
 from espnet_mamba.analysis.probes import ProbeSettings
 from espnet_mamba.analysis.reconstruction import ReconstructionSettings
@@ -31,6 +32,12 @@ class PuritySettings:
         object.__setattr__(self, "silence", tuple(str(label) for label in self.silence))
 
 
+# Input points: what a layer's mutual information is measured with. Papers say "local feature" and mean different ones:
+#   layer0  what enters block 1, which is what paper 1's code takes: projected, with positions, normalised;
+#   conv    the front end's convolution output, before its norm and projection, which the work that paper 1 cites takes;
+#   logmel  log-mel energies of the waveform, the same for every model: the only one by which models can be compared.
+REFERENCES = ("layer0", "conv", "logmel")
+INFORMATION = ("mine_paper", "mine_paper_reuse", "bounds", "ksg")  # estimators of mutual information
 MEASURES = ("similarity", "probes", "reconstruction", "discrete_information")  # beside information and purity
 
 
@@ -41,10 +48,15 @@ class AnalysisSettings:
     max_utterances: int | None = None
     max_memory_mb: float = 2000.0
     dtype: str = "float32"
-    references: tuple[str, ...] = ("layer0", "logmel")
+    keep_features: str | None = None
+    references: tuple[str, ...] = REFERENCES
+    information: tuple[str, ...] = INFORMATION
     mine_utterances: int = 12
+    mine_seeds: int = 5
     mine_paper: MinePaperSettings = field(default_factory=MinePaperSettings)
     bounds: BoundSettings = field(default_factory=BoundSettings)
+    per_utterance_utterances: int = 4
+    ksg: KsgSettings = field(default_factory=KsgSettings)
     purity: PuritySettings = field(default_factory=PuritySettings)
     measures: tuple[str, ...] = MEASURES
     similarity: SimilaritySettings = field(default_factory=SimilaritySettings)
@@ -53,21 +65,21 @@ class AnalysisSettings:
     discrete: DiscreteSettings = field(default_factory=DiscreteSettings)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "references", tuple(self.references))
-        object.__setattr__(self, "measures", tuple(self.measures))
-        for name in self.measures:
-            if name not in MEASURES:
-                raise ValueError(f"measures: {name!r} is not one of: {' '.join(MEASURES)}")
-        for name in self.references:
-            if name not in ("layer0", "logmel"):
-                raise ValueError(f"references: {name!r} is not one of: layer0 logmel")
+        for key, known in (("references", REFERENCES), ("information", INFORMATION), ("measures", MEASURES)):
+            object.__setattr__(self, key, tuple(getattr(self, key)))
+            for name in getattr(self, key):
+                if name not in known:
+                    raise ValueError(f"{key}: {name!r} is not one of: {' '.join(known)}")
         if self.dtype not in ("float32", "float16"):
             raise ValueError(f"dtype: {self.dtype!r} is not one of: float32 float16")
+        if self.mine_paper.reuse_critic:
+            raise ValueError("mine_paper: reuse_critic is not set here; name mine_paper_reuse under information")
 
 
 _GROUPS = {
     "mine_paper": MinePaperSettings,
     "bounds": BoundSettings,
+    "ksg": KsgSettings,
     "purity": PuritySettings,
     "similarity": SimilaritySettings,
     "probes": ProbeSettings,

@@ -5,14 +5,19 @@ F frames of all utterances, D_l width of layer l, T frames of one utterance at 5
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from espnet_mamba.analysis.sampling import sample_names
+from espnet_mamba.data.files import atomic_path
 from espnet_mamba.data.manifest import Utterance
 from espnet_mamba.targets.features import FeatureSource, iterate_features
 
@@ -70,19 +75,62 @@ def choose_utterances(
 def collect_features(
     source: FeatureSource, utterances: Sequence[Utterance], dtype: torch.dtype = torch.float32, label: str = "features"
 ) -> LayerFeatures:
-    """Extract all layers of ``utterances`` in one pass; ValueError names utterance and layer of a NaN or infinity."""
+    """Extract all layers of ``utterances`` in one pass; ``label`` (system and set) stands before progress and errors.
+
+    ValueError names label, utterance and layer of a NaN or infinity, and a layer that is the same in every frame.
+    """
     found: dict[str, list[Tensor]] = {}
     frames = iterate_features(source, utterances)
     for utterance, layers in tqdm(frames, total=len(utterances), desc=label, unit="utt", mininterval=5):
         for name, layer in zip(source.names, layers, strict=True):
             if not torch.isfinite(layer).all():
                 raise ValueError(
-                    f"{utterance.utt_id}: {name} holds NaN or infinity; check the model and this recording"
+                    f"{label}: {utterance.utt_id}: {name} holds NaN or infinity; check the model and this recording"
+                )
+            if dtype == torch.float16 and layer.numel() and layer.abs().max() > torch.finfo(dtype).max:
+                raise ValueError(
+                    f"{label}: {utterance.utt_id}: {name} reaches {float(layer.abs().max()):.3g}, float16 holds 65504; "
+                    "set dtype: float32"
                 )
         found[utterance.utt_id] = [layer.to(dtype, copy=True) for layer in layers]
     utt_ids = sorted(found)
     sizes = torch.tensor([len(found[utt_id][0]) for utt_id in utt_ids])
     joined = [torch.cat([found[utt_id][layer] for utt_id in utt_ids]) for layer in range(len(source.names))]
+    for name, layer in zip(source.names, joined, strict=True):
+        if len(layer) and bool((layer == layer[0]).all()):
+            raise ValueError(
+                f"{label}: {name} is constant, the same in all {len(layer)} frames, and nothing can be measured of it; "
+                "check the model (or the audio), or leave the system out"
+            )
     return LayerFeatures(
         list(source.names), joined, utt_ids, torch.repeat_interleave(torch.arange(len(utt_ids)), sizes)
     )
+
+
+def split_layer(features: LayerFeatures, name: str) -> tuple[LayerFeatures, Tensor | None]:
+    """Return the features without the layer called ``name``, and that layer's frames (F, D_l), None if not there."""
+    if name not in features.names:
+        return features, None
+    index = features.names.index(name)
+    rest = [number for number in range(len(features.names)) if number != index]
+    kept = LayerFeatures(
+        [features.names[i] for i in rest], [features.layers[i] for i in rest], features.utt_ids, features.utterance
+    )
+    return kept, features.layers[index]
+
+
+def write_features(path: str | Path, features: LayerFeatures) -> None:
+    """Write features as safetensors: a tensor (F, D_l) per layer and ``utterance`` (F,); ids and order as metadata."""
+    tensors = dict(zip(features.names, (layer.contiguous() for layer in features.layers), strict=True))
+    ids = {"utt_ids": json.dumps(features.utt_ids), "layers": json.dumps(features.names)}
+    with atomic_path(path) as temporary:
+        save_file(tensors | {"utterance": features.utterance}, temporary, ids)
+
+
+def read_features(path: str | Path) -> LayerFeatures:
+    """Read what :func:`write_features` wrote."""
+    with safe_open(path, framework="pt") as file:
+        about = file.metadata()
+        names = json.loads(about["layers"])
+        layers = [file.get_tensor(name) for name in names]
+        return LayerFeatures(names, layers, json.loads(about["utt_ids"]), file.get_tensor("utterance"))

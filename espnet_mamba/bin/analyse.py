@@ -1,4 +1,4 @@
-"""Mutual information and phone purity of every layer of some systems: tables, figures, and a paired comparison."""
+"""What each layer of some systems knows: mutual information, purity, CCA, probes, reconstruction: tables, figures."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m espnet_mamba.bin.analyse",
         description=__doc__,
+        epilog="Papers say 'local feature' and mean different points; 'references' in the settings names those that "
+        "layers are measured with: layer0 is what enters block 1 (what paper 1's code takes), conv the front end's "
+        "convolution output before its norm and projection (what the work that it cites takes), logmel the log-mel "
+        "energies of the audio (the same for every system, so the one to compare systems by). A run that was killed "
+        "goes on: systems that are finished stand in OUT_DIR/parts.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("--config", required=True, help="analysis settings, such as conf/analysis/mini.yaml")
@@ -33,6 +38,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out_dir", required=True, help="folder for tables and figures")
     parser.add_argument("--max_utterances", type=int, help="at most this many utterances of each set (config's value)")
+    parser.add_argument("--keep_features", metavar="DIR", help="keep all frames here as .safetensors (config's value)")
     parser.add_argument("--seed", type=int, default=0, help="seed of every draw")
     return parser
 
@@ -57,6 +63,8 @@ def main() -> None:
     settings = load_settings(args.config)
     if args.max_utterances is not None:
         settings = replace(settings, max_utterances=args.max_utterances)
+    if args.keep_features is not None:
+        settings = replace(settings, keep_features=args.keep_features)
     sets = (args.train_set, args.test_set)
     run_analysis(settings, args.dump_dir, sets, systems, args.out_dir, args.seed, open_source)
 

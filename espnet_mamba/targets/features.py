@@ -16,10 +16,16 @@ from torch.nn.utils.rnn import pad_sequence
 from espnet_mamba.data.audio import read_audio
 from espnet_mamba.data.manifest import Utterance
 from espnet_mamba.models.folders import load_layers
+from espnet_mamba.models.hubert import HubertModel
+
+CONV = "conv"
 
 
 class FeatureSource(Protocol):
-    """Features of a padded batch, one tensor per layer."""
+    """Features of a padded batch, one tensor per layer.
+
+    A source whose model has a convolutional front end also has a method ``add_conv``, see :func:`add_conv`.
+    """
 
     names: list[str]
     dims: list[int]
@@ -59,11 +65,35 @@ class ModelSource:
         self.names = [f"layer{i}" for i in range(loaded.num_layers)]
         self.dims = [loaded.width] * len(self.names)
 
+    def add_conv(self) -> bool:
+        """See :func:`add_conv`; SSAMBA has no convolutional front end."""
+        if not isinstance(self.model, HubertModel):
+            return False
+        if CONV not in self.names:
+            self.names.append(CONV)
+            self.dims.append(self.model.config.conv_layers[-1][0])
+        return True
+
     @torch.no_grad()
     def __call__(self, wavs: Tensor, num_samples: Tensor) -> tuple[list[Tensor], Tensor]:
         """See ``FeatureSource``."""
-        hidden_states, num_frames = self.model.extract_features(wavs.to(self.device), num_samples.to(self.device))
-        return [hidden.cpu() for hidden in hidden_states], num_frames.cpu()
+        wavs, num_samples = wavs.to(self.device), num_samples.to(self.device)
+        if CONV in self.names:
+            output = self.model(wavs, num_samples)
+            layers, num_frames = [*output.hidden_states, output.conv_features], output.num_frames
+        else:
+            layers, num_frames = self.model.extract_features(wavs, num_samples)
+        return [layer.cpu() for layer in layers], num_frames.cpu()
+
+
+def add_conv(source: FeatureSource) -> bool:
+    """Let a source also give its front end's output, before norm and projection, as its last layer, named ``conv``.
+
+    It comes out of the same pass as the layers. Returns False, and changes nothing, for a source without such a front
+    end (log-mel, MFCC, SSAMBA's patches, a recogniser).
+    """
+    add = getattr(source, "add_conv", None)
+    return add is not None and add()
 
 
 def open_features(spec: str, device: str = "cpu") -> FeatureSource:
