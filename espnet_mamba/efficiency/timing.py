@@ -1,89 +1,51 @@
-"""Wall time and peak memory of the forward pass against the length of the audio: one utterance, eval, no gradient."""
+"""One call of a model, in eval or in training, and its wall time."""
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
-from espnet_mamba.efficiency.macs import SAMPLE_RATE
-from espnet_mamba.efficiency.memory import peak_memory_mb
-from espnet_mamba.models.hubert import HubertModel
-from espnet_mamba.models.ssamba.model import SsambaModel
+from espnet_mamba.models.hubert import SAMPLE_RATE
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one length costs; seconds of wall time, MiB of memory, ``rtf`` wall time over length of the audio."""
+def make_call(model: nn.Module, mode: str, batch_size: int, seconds: float, device: str) -> Callable[[], None]:
+    """Return a call of ``model.extract_features`` on random audio of ``batch_size`` utterances of ``seconds``.
 
-    audio_seconds: float
-    wall_median: float
-    wall_min: float
-    wall_max: float
-    rtf: float
-    peak_memory_mb: float
-    extra_memory_mb: float
-    num_repeats: int
-
-
-def measure_costs(
-    models: Sequence[HubertModel | SsambaModel],
-    lengths: Sequence[float],
-    repeats: int,
-    device: str = "cpu",
-    warm_up: int = 2,
-) -> list[list[Cost]]:
-    """Return the costs of every model at every length (seconds): a list per model.
-
-    Repeats are interleaved over models and lengths, so that a busy spell of the machine does not fall on one of them;
-    memory is measured apart, from short to long.
+    ``eval``: no gradients, all hidden states kept. ``train``: dropout on, forward and backward pass from the mean
+    square of the last hidden state to every parameter; the gradients are dropped, no optimizer runs.
     """
-    calls = [[_forward(model, seconds, device) for seconds in lengths] for model in models]
-    for row in calls:
-        row[0]()  # loads what is loaded once, which is no length's memory
-    memory = [[peak_memory_mb(call, device) for call in row] for row in calls]
-    for row in calls:
-        for call in row:
-            for _ in range(max(0, warm_up - 1)):  # the memory pass was the first
-                call()
-    walls: list[list[list[float]]] = [[[] for _ in lengths] for _ in models]
-    for repeat in range(repeats):
-        for row, times in zip(calls, walls, strict=True):
-            for call, own in zip(row, times, strict=True):
-                own.append(_wall_time(call, device))
-        print(f"repeat {repeat + 1} of {repeats} done", flush=True)
-    return [
-        [_cost(seconds, own, peak) for seconds, own, peak in zip(lengths, times, peaks, strict=True)]
-        for times, peaks in zip(walls, memory, strict=True)
-    ]
-
-
-def _forward(model: HubertModel | SsambaModel, seconds: float, device: str) -> Callable[[], object]:
     num_samples = round(seconds * SAMPLE_RATE)
-    wav = (0.1 * torch.randn(1, num_samples, generator=torch.Generator().manual_seed(0))).to(device)
-    lengths = torch.tensor([num_samples], device=device)
-    model = model.to(device).eval()
+    wavs = 0.1 * torch.randn(batch_size, num_samples, generator=torch.Generator().manual_seed(0))
+    wavs, lengths = wavs.to(device), torch.full((batch_size,), num_samples, device=device)
 
-    def call() -> object:
+    def evaluate() -> None:
+        model.eval()
         with torch.inference_mode():
-            return model.extract_features(wav, lengths)
+            model.extract_features(wavs, lengths)
 
-    return call
+    def train() -> None:
+        model.train()
+        layers, _ = model.extract_features(wavs, lengths)
+        layers[-1].float().square().mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    return evaluate if mode == "eval" else train
 
 
-def _wall_time(call: Callable[[], object], device: str) -> float:
+def wall_time(call: Callable[[], object], device: str = "cpu") -> float:
+    """Return the seconds that ``call`` takes; on a GPU, until its work is done."""
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     call()
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
-def _cost(seconds: float, walls: list[float], memory: tuple[float, float]) -> Cost:
-    median = statistics.median(walls)
-    return Cost(seconds, median, min(walls), max(walls), median / seconds, memory[0], memory[1], len(walls))
+def num_warm_ups(wall: float, most: int, seconds: float) -> int:
+    """Return how many warm-up calls a call of ``wall`` seconds gets: 1 to ``most``, within ``seconds``."""
+    return max(1, min(most, int(seconds / max(wall, 1e-9))))
