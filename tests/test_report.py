@@ -74,8 +74,10 @@ def make_results(root):
         write(root / f"superb/{system}/result.json", result)
     write(root / "asr/comparison.json", {"metric": "wer", "against": "random", "difference": interval(-0.1103, 0.03)})
     make_analysis(root / "analysis_tag")
-    header = "model,num_parameters,device,num_threads,macs_per_second,audio_seconds,wall_median,wall_min,wall_max,rtf,"
-    row = "tiny,1000,cpu,2,78000000,5.0,0.0512,0.05,0.06,0.01024,500.0,23.5,5"
+    header = "model,num_parameters,device,num_threads,mode,batch,batch_size,macs_per_second,audio_seconds,wall_median,"
+    header += "wall_min,wall_max,rtf,"
+    row = "tiny,1000,cpu,2,eval,one,1,78000000,5.0,0.0512,0.05,0.06,0.01024,500.0,23.5,5"
+    row += "\nslow,1000,cpu,2,train,seconds,4,78000000,5.0,0.5,0.5,0.6,0.1,500.0,23.5,5"
     (root / "eff").mkdir()
     (root / "eff/efficiency.csv").write_text(f"{header}peak_memory_mb,extra_memory_mb,num_repeats\n{row}\n")
     (root / "model.yaml").write_text("embed_dim: 128  # <width> & more\n")
@@ -153,7 +155,8 @@ def test_numbers_are_those_of_the_files(rendered):
     )
     assert row_of(markdown, "targets1").startswith("| targets1 | mfcc100 | dev | all | 100 | 97 | 41.2 | 10.1 | 35.5 |")
     assert row_of(markdown, "pretrain1") == "| pretrain1 | train | 200 | 3.000 | 2.000 | 20.0 | 1 min 20 s |"
-    assert row_of(markdown, "tiny") == "| tiny | 5 | 0.078 | 0.0512 [0.0500, 0.0600] | 0.0102 | 24 | 2 | cpu |"
+    assert row_of(markdown, "tiny") == "| tiny | 5 | 1 | 0.078 | 0.0512 [0.0500, 0.0600] | 0.0102 | 24 | 2 | cpu |"
+    assert row_of(markdown, "slow") == "| slow | 5 | 4 | 0.078 | 0.5000 [0.5000, 0.6000] | 0.1000 | 24 | 2 | cpu |"
     assert "| 4 | pretrain1 | done | 5 min 02 s | 812 |" in markdown
     for cell in ("12.4 [10.4, 14.4]", "1.250 [1.100, 1.400]", "yes (-11.0 [-14.0, -8.0])", "5 min 02 s"):
         assert f">{cell}<" in page

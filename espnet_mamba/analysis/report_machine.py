@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -15,23 +17,48 @@ PACKAGES = ("espnet-mamba", "torch", "torchaudio", "numpy", "espnet", "s3prl", "
 
 
 def efficiency_section(results: Results, out_dir: Path) -> Section:
-    """Return cost against length."""
+    """Return cost against length: a table for each mode and batch, what was left out, the figures."""
     if not results.efficiency:
         return Section("Efficiency", [Missing("MACs, time and memory against length", "stage 12 (efficiency)")])
-    rows = [
-        [row["model"], f"{float(row['audio_seconds']):g}", number(float(row["macs_per_second"]) / 1e9)]
+    blocks: list[Block] = []
+    kinds = dict.fromkeys((row.get("mode", "eval"), row.get("batch", "one")) for row in results.efficiency)
+    for mode, batch in kinds:
+        own = [r for r in results.efficiency if (r.get("mode", "eval"), r.get("batch", "one")) == (mode, batch)]
+        blocks.append(Text(f"{_MODES.get(mode, mode)}, {'one utterance' if batch == 'one' else 'a batch of them'}:"))
+        blocks.append(_costs(own))
+    folder = results.paths.efficiency_dir
+    if folder and (folder / "left_out.csv").is_file():
+        with open(folder / "left_out.csv", newline="", encoding="utf-8") as handle:
+            blocks += [Text(row["note"]) for row in csv.DictReader(handle) if row.get("note")]
+    if folder:
+        figures = sorted(folder.glob("efficiency*.svg")) + [folder / "equal_parameters.svg", folder / "macs.svg"]
+        blocks += [Figure(path, _caption(path.stem)) for path in figures if path.is_file()]
+    return Section("Efficiency", blocks)
+
+
+_MODES = {"eval": "Forward pass without gradients", "train": "Forward and backward pass"}
+
+
+def _costs(rows: Sequence[Mapping[str, str]]) -> Table:
+    cells = [
+        [row["model"], f"{float(row['audio_seconds']):g}", row.get("batch_size", "1")]
+        + [number(float(row["macs_per_second"]) / 1e9)]
         + [number(float(row["wall_median"]), float(row["wall_min"]), float(row["wall_max"]), digits=4)]
         + [number(float(row["rtf"]), digits=4), number(float(row["extra_memory_mb"]), digits=0)]
         + [row.get("num_threads", "–"), row.get("device", "–")]
-        for row in results.efficiency
+        for row in rows
     ]
-    header = ["model", "audio (s)", "GMAC per s of audio", "wall time (s) [fastest, slowest]", "RTF"]
-    blocks: list[Block] = [Table([*header, "peak memory (MiB)", "threads", "device"], rows, left=(0, 7))]
-    folder = results.paths.efficiency_dir
-    for name, caption in (("efficiency", "Cost of the forward pass against length."), ("macs", "Where the MACs are.")):
-        if folder and (figure := folder / f"{name}.svg").is_file():
-            blocks.append(Figure(figure, caption))
-    return Section("Efficiency", blocks)
+    header = ["model", "audio (s)", "utterances", "GMAC per s of audio", "wall time (s) [fastest, slowest]", "RTF"]
+    return Table([*header, "peak memory (MiB)", "threads", "device"], cells, left=(0, 8))
+
+
+def _caption(stem: str) -> str:
+    if stem == "macs":
+        return "Where the MACs are."
+    if stem == "equal_parameters":
+        return "Models of equal parameters: cost against length."
+    what = "training step" if "_train" in stem else "forward pass"
+    return f"Cost of the {what} against length; a cross ends a curve where the next length did not fit."
 
 
 def configuration_section(results: Results, out_dir: Path) -> Section:
