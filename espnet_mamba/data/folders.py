@@ -10,7 +10,7 @@ from pathlib import Path
 
 SYNTH_RECORD = "synth.json"
 _TABLES_OF_CORPORA = ("wav.scp", "text", "utt2spk", "spk2utt", "phones.ctm", "words.ctm", "utt2intent", "utt2emotion")
-TABLE_NAMES = (*_TABLES_OF_CORPORA, "utt2num_samples")
+TABLE_NAMES = (*_TABLES_OF_CORPORA, "spk2gender", "utt2num_samples")
 
 
 @contextmanager
