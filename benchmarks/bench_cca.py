@@ -157,7 +157,7 @@ def _rows(inputs: Inputs, layer: int, view: View, settings: SimilaritySettings) 
     frames = dict(zip(inputs.layers.utt_ids, inputs.layers.of_utterance(layer), strict=True))
     folds = assign_folds(view.with_rows(), settings.folds, 0, view.labels)
     names = sorted(folds)
-    x = np.concatenate([view.layer_rows(utt_id, frames[utt_id].numpy()) for utt_id in names])
+    x = np.concatenate([view.layer_rows(utt_id, frames[utt_id].numpy()) for utt_id in names]).astype(np.float64)
     y = {"target": np.concatenate([view.target_rows(utt_id) for utt_id in names])}
     for null in range(settings.nulls):
         donors = view.donors(null, 0)
@@ -179,7 +179,8 @@ def _moments(rows: Rows, parts: Sequence[np.ndarray]) -> FoldMoments:
         for name, view in {"layer": rows.x, **rows.y}.items()
     }
     pairs = [(name, name) for name in views] + [("layer", name) for name in rows.y]
-    blocks = {(a, b): np.stack([views[a][part].T @ views[b][part] for part in parts]) for a, b in pairs}
+    cut = [{name: view[part] for name, view in views.items()} for part in parts]
+    blocks = {(a, b): np.stack([rows[a].T @ rows[b] for rows in cut]) for a, b in pairs}
     return FoldMoments({name: view.shape[1] - 2 for name, view in views.items()}, blocks, len(parts))
 
 

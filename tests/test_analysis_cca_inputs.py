@@ -91,15 +91,24 @@ def test_nan_is_found_in_the_pass_over_audio(monkeypatch):
         accumulate(OneLayer(13.0), utterances, [view], FEW, seed=0)
 
 
-def test_constant_columns_leave_values_and_a_constant_layer_is_named():
+def test_constant_columns_leave_values_and_a_constant_layer_stops_no_other(capsys):
     x, extra = gaussian(1000, 6, 11), np.full((1000, 3), 0.7, dtype=np.float32)
     view = frame_view("logmel", features_of(x[:, :3] + gaussian(1000, 3, 12)))
     plain, spoilt = [
         similarity_rows("s", features_of(layer), [view], FEW, seed=0) for layer in (x, np.hstack([x, extra]))
     ]
     assert [row.value for row in spoilt] == pytest.approx([row.value for row in plain], abs=1e-6)
-    with pytest.raises(ValueError, match="^s, layer1: CCA of layer and target: layer is the same in all rows; [^\n]*$"):
-        similarity_rows("s", features_of(x, np.ones_like(x)), [view], FEW, seed=0)
+    rows = similarity_rows("s", features_of(x, np.ones_like(x), x[:, :3].copy()), [view], FEW, seed=0)
+    assert [row.value for row in rows[:4]] == [row.value for row in plain]
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.startswith(
+        "s, layer1: no similarity with logmel: CCA of layer and target: la"
+    )
+    constant = rows[4:8]
+    assert {(row.layer, row.flag, row.num_frames) for row in constant} == {(1, "constant", 1000)}
+    assert [(row.measure, row.estimator) for row in constant] == [(row.measure, row.estimator) for row in plain]
+    assert np.isnan([[row.value, row.low, row.high, row.null] for row in constant]).all()
+    assert np.isfinite([row.value for row in rows[8:]]).all() and not any(row.flag for row in rows[8:])
 
 
 def test_fewer_frames_than_dimensions_are_announced_and_null_says_it(capsys):

@@ -6,18 +6,18 @@ differs: columns are standardised before the regularisation is added (so no unit
 are taken on the folds that fitted the directions, where these are orthogonal.
 
 The wider view has width D, the narrower one d. Everything held out is done in the d-dimensional span of
-(C_xx + eps I)^-1 C_xy, so one Cholesky factor per regularisation serves all of it.
+B = (C_xx + eps I)^-1 C_xy, so one Cholesky factor per regularisation serves all of it. Where fewer rows than D fit the
+directions and are at hand, B = X^T (X X^T / n + eps I)^-1 Y / n gives the same from a factor of their number.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
-from scipy.linalg import cho_factor, cho_solve, eigh, eigvalsh
+from scipy.linalg import LinAlgError, cho_factor, cho_solve, eigh, eigvalsh
 
 from espnet_mamba.analysis.covariance import FoldMoments
 
@@ -58,30 +58,126 @@ class CcaTrials(NamedTuple):
     eps: list[tuple[tuple[float, float], ...]]  # per trial, per measure: (wide, narrow)
 
 
-class _Wide:
-    """The wide view of one trial: standardised by its training rows, with a Cholesky factor per regularisation."""
+class ConstantView(ValueError):
+    """A view, or a layer, is the same in all rows."""
 
-    def __init__(self, moments: FoldMoments, name: str, parts: Sequence[Sequence[int]]) -> None:
-        self.name = name
-        blocks = [moments.covariance(name, name, folds) for folds in parts]
-        self.scale = _scale(blocks[0])  # (D,) 1 / deviation, 0 for a constant column
-        for block in blocks:
-            block *= self.scale[:, None]
-            block *= self.scale
-        self.train, *self.held_out = blocks
+
+class _Factors:
+    """Cholesky factors of one symmetric matrix, one per regularisation."""
+
+    def __init__(self, matrix: np.ndarray) -> None:
+        self.matrix = matrix
         self._factors: dict[float, tuple[np.ndarray, bool]] = {}
 
     def solve(self, eps: float, right: np.ndarray) -> np.ndarray:
-        """Return (C + eps I)^-1 right: (D, d)."""
+        """Return (matrix + eps I)^-1 right."""
         if eps not in self._factors:
-            regularised = self.train.copy()
+            regularised = self.matrix.copy()
             regularised[np.diag_indices_from(regularised)] += eps
-            self._factors[eps] = cho_factor(regularised, lower=True, overwrite_a=True, check_finite=False)
+            # It is symmetric: its transpose is what LAPACK takes without a copy.
+            self._factors[eps] = cho_factor(regularised.T, lower=True, overwrite_a=True, check_finite=False)
         return cho_solve(self._factors[eps], right, check_finite=False)
 
 
+class _Wide(Protocol):
+    """The wide view of one trial, standardised by its training rows."""
+
+    def against(self, name: str, scale: np.ndarray) -> list[np.ndarray]:
+        """Return what :meth:`spans` needs of a narrow view, for every part (train, dev, test); (d,) ``scale`` of it."""
+        ...
+
+    def spans(self, jobs: Sequence[tuple[_Narrow, float]], part: int) -> list[_Span]:
+        """Solve for B of every (narrow view, eps) and look at held-out part ``part`` through it.
+
+        All are solved side by side and multiplied at once: thin products are slow.
+        """
+        ...
+
+
+class _WideCovariance:
+    """The wide view by its covariance (D, D)."""
+
+    def __init__(self, moments: FoldMoments, name: str, parts: Sequence[Sequence[int]]) -> None:
+        self._moments, self._name, self._parts = moments, name, parts
+        blocks = [moments.covariance(name, name, folds) for folds in parts]
+        self._scale = _scale(blocks[0])  # (D,) 1 / deviation, 0 for a constant column
+        for block in blocks:
+            block *= self._scale[:, None]
+            block *= self._scale
+        train, *self._held_out = blocks
+        self._factors = _Factors(train)
+
+    def against(self, name: str, scale: np.ndarray) -> list[np.ndarray]:
+        """Return the covariances (D, d) of the parts."""
+        crosses = [self._moments.covariance(self._name, name, folds) for folds in self._parts]
+        return [cross * self._scale[:, None] * scale for cross in crosses]
+
+    def spans(self, jobs: Sequence[tuple[_Narrow, float]], part: int) -> list[_Span]:
+        """See :class:`_Wide`."""
+        bases = _solve(self._factors, jobs)
+        images = _split(self._held_out[part] @ np.concatenate(bases, axis=1), jobs)
+        return [
+            _Span(narrow.sides[0].T @ basis, basis.T @ image, basis.T @ narrow.sides[1 + part], narrow.held_out[part])
+            for (narrow, _), basis, image in zip(jobs, bases, images, strict=True)
+        ]
+
+
+class _WideRows:
+    """The wide view by its n training rows, fewer than D: (n, n) and not (D, D)."""
+
+    def __init__(self, moments: FoldMoments, name: str, parts: Sequence[Sequence[int]]) -> None:
+        self._moments, self._parts = moments, parts
+        rows = [moments.rows_of(name, folds) for folds in parts]
+        scale = _scale_of_rows(rows[0])
+        train, *held_out = [part * scale for part in rows]
+        self._factors = _Factors(train @ train.T / len(train))
+        self._held_out = [part @ train.T for part in held_out]  # (rows of the part, n)
+
+    def against(self, name: str, scale: np.ndarray) -> list[np.ndarray]:
+        """Return the rows (R, d) of the parts, those of train over n."""
+        train, *held_out = [self._moments.rows_of(name, folds) * scale for folds in self._parts]
+        return [train / len(train), *held_out]
+
+    def spans(self, jobs: Sequence[tuple[_Narrow, float]], part: int) -> list[_Span]:
+        """See :class:`_Wide`; B = X^T A."""
+        weights = _solve(self._factors, jobs)  # A, (n, d) each
+        together = np.concatenate(weights, axis=1)
+        images = _split(self._held_out[part] @ together, jobs)
+        grams = _split(self._factors.matrix @ together, jobs)
+        count = len(self._held_out[part])
+        return [
+            _Span(
+                len(gram) * narrow.sides[0].T @ gram,
+                image.T @ image / count,
+                image.T @ narrow.sides[1 + part] / count,
+                narrow.held_out[part],
+            )
+            for (narrow, _), image, gram in zip(jobs, images, grams, strict=True)
+        ]
+
+
+def _solve(factors: _Factors, jobs: Sequence[tuple[_Narrow, float]]) -> list[np.ndarray]:
+    """Return (matrix + eps I)^-1 times what the narrow view has against the wide one, for every job."""
+    solved: dict[tuple[int, float], np.ndarray] = {}
+    for eps in dict.fromkeys(eps for _, eps in jobs):
+        group = [(narrow, own) for narrow, own in jobs if own == eps]
+        together = factors.solve(eps, np.concatenate([narrow.sides[0] for narrow, _ in group], axis=1))
+        solved |= {(id(narrow), eps): part for (narrow, _), part in zip(group, _split(together, group), strict=True)}
+    return [solved[id(narrow), eps] for narrow, eps in jobs]
+
+
+def _split(columns: np.ndarray, jobs: Sequence[tuple[_Narrow, float]]) -> list[np.ndarray]:
+    return np.split(columns, np.cumsum([narrow.sides[0].shape[1] for narrow, _ in jobs])[:-1], axis=1)
+
+
+def _wide(moments: FoldMoments, name: str, parts: Sequence[Sequence[int]]) -> _Wide:
+    """Return the wide view by whichever is smaller."""
+    few = moments.rows and moments.count(parts[0]) < moments.widths[name]
+    return _WideRows(moments, name, parts) if few else _WideCovariance(moments, name, parts)
+
+
 class _Narrow:
-    """The narrow view of one trial and its covariances with the wide one; all standardised by training rows."""
+    """The narrow view of one trial and what the wide one has against it; all standardised by training rows."""
 
     def __init__(
         self, moments: FoldMoments, wide: _Wide, name: str, parts: Sequence[Sequence[int]], limit: int
@@ -89,17 +185,16 @@ class _Narrow:
         blocks = [moments.covariance(name, name, folds) for folds in parts]
         scale = _scale(blocks[0])
         self.train, *self.held_out = [block * scale[:, None] * scale for block in blocks]
-        crosses = [moments.covariance(wide.name, name, folds) for folds in parts]
-        self.cross, *self.held_out_cross = [cross * wide.scale[:, None] * scale for cross in crosses]
+        self.sides = wide.against(name, scale)
         self.deviation = np.where(scale > 0.0, 1.0 / np.where(scale > 0.0, scale, 1.0), 0.0)  # (d,)
-        eigenvalues, vectors = eigh(self.train, check_finite=False)
+        eigenvalues, vectors = eigh(self.train, driver="evd", check_finite=False)
         keep = eigenvalues > _RANK * max(eigenvalues[-1], 1e-300)
         self.eigenvalues, self.vectors = eigenvalues[keep], vectors[:, keep]
         self.rank = min(limit, int(keep.sum()), moments.count(parts[0]) - 1)  # pairs of directions that exist
 
 
 class _Span(NamedTuple):
-    """What one regularisation of the wide view leaves to be done, all (d, d); B = (wide + eps)^-1 cross."""
+    """What one regularisation of the wide view leaves to be done, all (d, d)."""
 
     gram: np.ndarray  # cross^T B
     wide: np.ndarray  # B^T wide B of a held-out part
@@ -110,7 +205,7 @@ class _Span(NamedTuple):
 def cross_validate(moments: FoldMoments, x: str, y: str, settings: CcaSettings, nulls: Sequence[str] = ()) -> CcaTrials:
     """Score views ``x`` and ``y`` on held-out folds; each of ``nulls`` stands in for ``y`` at the eps chosen for ``y``.
 
-    ValueError when there are fewer than 3 folds, an empty fold, or a view that is constant.
+    ValueError when there are fewer than 3 folds or an empty fold, ConstantView when a view is constant.
     """
     folds = moments.num_folds
     if folds < 3 or settings.trials > folds:
@@ -125,7 +220,7 @@ def cross_validate(moments: FoldMoments, x: str, y: str, settings: CcaSettings, 
     for trial in range(settings.trials):
         parts = _parts(folds, trial)
         wide_name, narrow_name = _sides(moments, x, y)
-        wide = _Wide(moments, wide_name, parts)
+        wide = _wide(moments, wide_name, parts)
         narrow = _Narrow(moments, wide, narrow_name, parts, limit)
         eps = _choose(wide, narrow, settings)
         others = [_sides(moments, x, null) for null in nulls]
@@ -136,7 +231,7 @@ def cross_validate(moments: FoldMoments, x: str, y: str, settings: CcaSettings, 
         else:
             scores[trial] = _test(wide, [narrow], eps)[0]
             for number, (wide_null, name) in enumerate(others):
-                own = _Wide(moments, wide_null, parts)
+                own = _wide(moments, wide_null, parts)
                 null_scores[number, trial] = _test(own, [_Narrow(moments, own, name, parts, limit)], eps)[0]
         chosen.append(tuple(eps))
     return CcaTrials(scores, null_scores, chosen)
@@ -154,46 +249,54 @@ def _sides(moments: FoldMoments, x: str, y: str) -> tuple[str, str]:
 
 
 def _rank(moments: FoldMoments, x: str, y: str) -> int:
-    """Return how many pairs of directions all data hold; ValueError names a constant view."""
+    """Return how many pairs of directions all data hold; ConstantView names a constant view."""
     ranks = []
     for name in (x, y):
-        covariance = moments.covariance(name, name, range(moments.num_folds))
-        scale = _scale(covariance)
+        every = range(moments.num_folds)
+        if moments.rows and moments.count(every) < moments.widths[name]:
+            rows = moments.rows_of(name, every)
+            scale = _scale_of_rows(rows)
+            rows *= scale
+            correlation = rows @ rows.T / len(rows)  # it has the eigenvalues of the other product, but zeros
+        else:
+            correlation = moments.covariance(name, name, every)
+            scale = _scale(correlation)
+            correlation *= scale[:, None]
+            correlation *= scale
         if not scale.any():
-            raise ValueError(f"CCA of {x} and {y}: {name} is the same in all rows; there is nothing to correlate")
-        eigenvalues = eigvalsh(covariance * np.outer(scale, scale), check_finite=False)
-        ranks.append(int((eigenvalues > _RANK * eigenvalues[-1]).sum()))
+            raise ConstantView(f"CCA of {x} and {y}: {name} is the same in all rows; there is nothing to correlate")
+        ranks.append(_count(correlation))
     return min(ranks)
 
 
+def _count(correlation: np.ndarray) -> int:
+    """Return how many eigenvalues of a matrix are above rounding."""
+    surely = correlation.copy()
+    surely[np.diag_indices_from(surely)] -= _RANK * np.trace(correlation)  # at least the largest eigenvalue
+    try:
+        cho_factor(surely.T, lower=True, overwrite_a=True, check_finite=False)
+    except LinAlgError:
+        eigenvalues = eigvalsh(correlation, check_finite=False)
+        return int((eigenvalues > _RANK * eigenvalues[-1]).sum())
+    return len(correlation)  # a factor takes a sixth of the time of the eigenvalues
+
+
 def _scale(covariance: np.ndarray) -> np.ndarray:
-    variance = np.diagonal(covariance)
+    return _inverse_root(np.diagonal(covariance))
+
+
+def _scale_of_rows(rows: np.ndarray) -> np.ndarray:
+    return _inverse_root(np.square(rows).mean(0))
+
+
+def _inverse_root(variance: np.ndarray) -> np.ndarray:
     return np.where(variance > 0.0, 1.0 / np.sqrt(np.where(variance > 0.0, variance, 1.0)), 0.0)
-
-
-def _spans(wide: _Wide, jobs: Sequence[tuple[_Narrow, float]], part: int) -> list[_Span]:
-    """Solve for B of every (narrow view, eps) and look at held-out part ``part`` through it.
-
-    Views of the same eps are solved side by side and all are multiplied at once: thin products are slow.
-    """
-    bases: list[np.ndarray] = []
-    for eps, group in groupby(jobs, key=lambda job: job[1]):
-        crosses = [narrow.cross for narrow, _ in group]
-        solved = wide.solve(eps, np.concatenate(crosses, axis=1))
-        bases += np.split(solved, np.cumsum([cross.shape[1] for cross in crosses])[:-1], axis=1)
-    images = np.split(
-        wide.held_out[part] @ np.concatenate(bases, axis=1), np.cumsum([basis.shape[1] for basis in bases])[:-1], axis=1
-    )
-    return [
-        _Span(narrow.cross.T @ basis, basis.T @ image, basis.T @ narrow.held_out_cross[part], narrow.held_out[part])
-        for (narrow, _), basis, image in zip(jobs, bases, images, strict=True)
-    ]
 
 
 def _scores(narrow: _Narrow, span: _Span, eps: float) -> Scores:
     """Return the scores on the held-out part, with ``eps`` on the narrow view."""
     root = narrow.vectors / np.sqrt(narrow.eigenvalues + eps)
-    squares, rotation = eigh(root.T @ span.gram @ root, check_finite=False)
+    squares, rotation = eigh(root.T @ span.gram @ root, driver="evd", check_finite=False)
     order = np.argsort(-squares, kind="stable")[: narrow.rank]
     correlations = np.sqrt(np.clip(squares[order], 0.0, None))
     found = correlations > _NO_RELATION * max(correlations.max(initial=0.0), 1e-300)
@@ -218,7 +321,7 @@ def _weights(narrow: _Narrow, directions: np.ndarray) -> np.ndarray:
 def _choose(wide: _Wide, narrow: _Narrow, settings: CcaSettings) -> list[tuple[float, float]]:
     """Return the (wide, narrow) eps that is best on the dev part, for each measure."""
     best: list[tuple[float, tuple[float, float]]] = [(-np.inf, (0.0, 0.0))] * len(MEASURES)
-    spans = _spans(wide, [(narrow, eps_wide) for eps_wide in settings.eps_wide], _DEV)
+    spans = wide.spans([(narrow, eps_wide) for eps_wide in settings.eps_wide], _DEV)
     for eps_wide, span in zip(settings.eps_wide, spans, strict=True):
         for eps_narrow in settings.eps_narrow:
             scores = _scores(narrow, span, eps_narrow)
@@ -231,11 +334,12 @@ def _choose(wide: _Wide, narrow: _Narrow, settings: CcaSettings) -> list[tuple[f
 def _test(wide: _Wide, narrows: Sequence[_Narrow], eps: Sequence[tuple[float, float]]) -> list[list[float]]:
     """Return both measures on the test part, each at its own eps, for every narrow view."""
     jobs = [(narrow, eps_wide) for eps_wide in dict.fromkeys(large for large, _ in eps) for narrow in narrows]
-    spans = {(id(job[0]), job[1]): span for job, span in zip(jobs, _spans(wide, jobs, _TEST), strict=True)}
-    return [
-        [_scores(narrow, spans[id(narrow), large], small)[number] for number, (large, small) in enumerate(eps)]
-        for narrow in narrows
-    ]
+    spans = {(id(job[0]), job[1]): span for job, span in zip(jobs, wide.spans(jobs, _TEST), strict=True)}
+    found = []
+    for narrow in narrows:
+        scores = {(large, small): _scores(narrow, spans[id(narrow), large], small) for large, small in set(eps)}
+        found.append([scores[pair][number] for number, pair in enumerate(eps)])
+    return found
 
 
 def in_sample(moments: FoldMoments, x: str, y: str, eps: float = 1e-10) -> Scores:
@@ -245,6 +349,6 @@ def in_sample(moments: FoldMoments, x: str, y: str, eps: float = 1e-10) -> Score
     """
     every = list(range(moments.num_folds))
     wide_name, narrow_name = _sides(moments, x, y)
-    wide = _Wide(moments, wide_name, (every, every))
+    wide = _WideCovariance(moments, wide_name, (every, every))
     narrow = _Narrow(moments, wide, narrow_name, (every, every), _rank(moments, x, y))
-    return _scores(narrow, _spans(wide, [(narrow, eps)], _DEV)[0], eps)
+    return _scores(narrow, wide.spans([(narrow, eps)], _DEV)[0], eps)

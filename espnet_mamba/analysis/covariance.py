@@ -1,13 +1,15 @@
 """Sums from which covariances of several views are made: one pass over audio, one set of sums per fold.
 
-The sums are exact: the contribution of each utterance is rounded once, to a fixed grid, and grid points are added
-without rounding. So neither the order of utterances nor how they were shared among shards changes a bit of any result.
+Rows that are all at hand are multiplied fold by fold, in an order of their own. Rows that cannot be kept are added as
+they come, to sums that are exact: the contribution of each utterance is rounded once, to a fixed grid, and grid points
+are added without rounding. So neither the order of utterances nor how they were shared among shards changes a bit of
+any result.
 R rows (frames, segments or utterances), D_a width of view a, F folds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,7 +141,10 @@ class CovarianceSums:
         """
         if not len(next(iter(rows.values()))):
             return
-        extended = {name: _extend(rows[name]) for name in self.widths}
+        count = len(next(iter(rows.values())))
+        extended = {
+            name: _extend([rows[name]], np.empty((count, width + _EXTRA))) for name, width in self.widths.items()
+        }
         squares = {name: self._squares(name, values, where) for name, values in extended.items()}
         # The smallest column decides: two grids hold its products to 1e-9 and better, all others more closely.
         smallest = {name: float(values[values > 0.0].min(initial=np.inf)) for name, values in squares.items()}
@@ -193,6 +198,50 @@ class CovarianceSums:
         return FoldMoments(dict(self.widths), blocks, folds)
 
 
+def own_product(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the sums of products of rows with themselves, (R, D) in all to (D + 2, D + 2), as in FoldMoments."""
+    extended = _extend(parts, np.empty((sum(len(part) for part in parts), parts[0].shape[1] + _EXTRA)))
+    return extended.T @ extended
+
+
+def moments_of_rows(
+    folds: Iterable[Mapping[str, Sequence[np.ndarray]]],
+    keep_rows: bool = False,
+    own: Sequence[np.ndarray] | None = None,
+) -> FoldMoments:
+    """Return the sums of the first view with all others, and of each with itself: one product per fold.
+
+    Every fold is view -> parts, (R, D) each, which are stacked in the order given: that order fixes every bit, with one
+    thread of BLAS. With ``keep_rows`` the rows stay beside the sums, for those who solve in the space of rows. ``own``
+    are the products of the first view with itself, per fold, where they are known.
+    """
+    blocks: dict[tuple[str, str], list[np.ndarray]] = {}
+    kept: list[dict[str, np.ndarray]] = []
+    widths: dict[str, int] = {}
+    memory = np.empty(0)  # one for all folds: pages that the system must clear cost more than their conversion
+    for number, fold in enumerate(folds):
+        widths = {name: parts[0].shape[1] for name, parts in fold.items()}
+        edges = np.cumsum([0, *(width + _EXTRA for width in widths.values())])
+        count = sum(len(part) for part in next(iter(fold.values())))
+        if len(memory) < count * edges[-1]:
+            memory = np.empty(count * edges[-1])
+        first, others = edges[1] * count, memory[edges[1] * count : edges[-1] * count].reshape(count, -1)
+        views = [memory[:first].reshape(count, -1), *np.split(others, edges[2:-1] - edges[1], axis=1)]
+        for parts, view in zip(fold.values(), views, strict=True):
+            _extend(parts, view)
+        (name, *names), (left, *rights) = fold, views
+        products = {(name, name): left.T @ left if own is None else own[number]}
+        products |= {(b, b): right.T @ right for b, right in zip(names, rights, strict=True)}
+        # Others first: Fortran order from the layer's side, as LAPACK wants its right-hand sides.
+        crosses = np.split(others.T @ left, edges[2:-1] - edges[1])
+        products |= {(b, name): cross for b, cross in zip(names, crosses, strict=True)}
+        for pair, product in products.items():
+            blocks.setdefault(pair, []).append(product)
+        if keep_rows:
+            kept.append({name: view[:, :-_EXTRA].copy() for name, view in zip(fold, views, strict=True)})
+    return FoldMoments(widths, dict(blocks), len(blocks[name, name]), tuple(kept))
+
+
 def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Return left^T right, (R, D_a), (R, D_b) to (D_a, D_b), with the same bits for any number of BLAS threads.
 
@@ -204,21 +253,26 @@ def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return total
 
 
-def _extend(rows: np.ndarray) -> np.ndarray:
-    """Append mean square and 1: (R, D) -> (R, D + 2) float64."""
-    extended = np.ones((len(rows), rows.shape[1] + _EXTRA))
-    extended[:, :-_EXTRA] = rows
-    extended[:, -_EXTRA] = np.einsum("rd,rd->r", extended[:, :-_EXTRA], extended[:, :-_EXTRA]) / rows.shape[1]
+def _extend(parts: Sequence[np.ndarray], extended: np.ndarray) -> np.ndarray:
+    """Stack ``parts``, (R, D) in all, into ``extended`` (R, D + 2), with mean square and 1 behind, and return it."""
+    rows = extended[:, :-_EXTRA]
+    np.concatenate(parts, out=rows)
+    extended[:, -_EXTRA] = np.einsum("rd,rd->r", rows, rows) / rows.shape[1]
+    extended[:, -1] = 1.0
     return extended
 
 
 @dataclass(frozen=True)
 class FoldMoments:
-    """Sums of products per fold: (a, b) -> (F, D_a + 2, D_b + 2), the last two columns mean square and 1."""
+    """Sums of products per fold: (a, b) -> (F, D_a + 2, D_b + 2), the last two columns mean square and 1.
+
+    ``rows`` are what the sums are of, per fold view -> (R, D), where there were few; else empty.
+    """
 
     widths: dict[str, int]
-    blocks: dict[tuple[str, str], np.ndarray]
+    blocks: Mapping[tuple[str, str], Sequence[np.ndarray] | np.ndarray]
     num_folds: int
+    rows: tuple[dict[str, np.ndarray], ...] = ()
 
     def block(self, a: str, b: str, folds: Sequence[int]) -> np.ndarray:
         """Return the sums of products over some folds, uncentred: (D_a + 2, D_b + 2)."""
@@ -234,6 +288,14 @@ class FoldMoments:
         """Return the rows in some folds."""
         name = next(iter(self.widths))
         return int(sum(self.blocks[name, name][fold][-1, -1] for fold in folds))
+
+    def rows_of(self, name: str, folds: Sequence[int]) -> np.ndarray:
+        """Return the rows of a view in some folds, (R, D), less their mean; a column that is constant there is 0."""
+        rows = np.concatenate([self.rows[fold][name] for fold in folds])
+        square = np.square(rows).mean(0)
+        rows -= rows.mean(0)
+        rows[:, np.square(rows).mean(0) <= _CONSTANT * square] = 0.0
+        return rows
 
     def covariance(self, a: str, b: str, folds: Sequence[int]) -> np.ndarray:
         """Return the covariance of two views over some folds: (D_a, D_b); a constant column has exactly 0."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from espnet_mamba.analysis import cca, cka
 from espnet_mamba.analysis.cca import CcaSettings
-from espnet_mamba.analysis.covariance import CovarianceSums, FoldMoments, assign_folds
+from espnet_mamba.analysis.covariance import CovarianceSums, FoldMoments, assign_folds, moments_of_rows, own_product
 from espnet_mamba.analysis.statistics import LayerFeatures
 from espnet_mamba.analysis.table import LayerValue
 from espnet_mamba.analysis.views import VIEWS, View
@@ -53,13 +53,16 @@ class SimilaritySettings:
 
 
 class SimilaritySums:
-    """What is kept of one layer for one view, utterance by utterance: sums, or the few rows of a pooled view.
+    """What is kept of one layer for one view, utterance by utterance: its rows, or exact sums of their products.
 
-    Any order of utterances and any sharing among shards gives the same bits. Sums of a view of frames take 18 MB a fold
-    at width 768 (log-mel, 5 nulls); below 20 minutes of audio the frames themselves take less.
+    Sums take 18 MB a fold at width 768 (log-mel, 5 nulls) however long the audio is; the few rows of a pooled view take
+    less and are always kept. With ``keep_rows`` those of frames are kept too, which is faster, and costs nothing where
+    all frames are in memory anyway: they are not copied, so do not change them before :meth:`moments`. Either way any
+    order of utterances and any sharing among shards gives the same bits; the two ways differ by rounding.
     """
 
-    def __init__(self, view: View, settings: SimilaritySettings, seed: int) -> None:
+    def __init__(self, view: View, settings: SimilaritySettings, seed: int, keep_rows: bool = False) -> None:
+        self.keep_rows = keep_rows or view.pooled
         self.view, self.settings = view, settings
         self.folds = assign_folds(view.with_rows(), settings.folds, seed, view.labels)
         self.nulls = {f"null{number}": view.donors(number, seed) for number in range(settings.nulls)}
@@ -78,7 +81,7 @@ class SimilaritySums:
         self._see({utt_id})
         if not len(rows):
             return
-        if self.view.pooled:
+        if self.keep_rows:
             self._rows[utt_id] = rows
             return
         if self._sums is None:
@@ -89,6 +92,8 @@ class SimilaritySums:
         """Add what another shard kept of other utterances of the same set; ValueError when both hold the same one."""
         if other._width is not None:
             self._require_width(other._width, f"a shard of {self.view.name}")
+        if self.keep_rows != other.keep_rows:
+            raise ValueError(f"{self.view.name}: a shard with rows and one with sums; give all the same keep_rows")
         self._see(other._seen)
         self._rows |= other._rows
         if self._sums is None or other._sums is None:
@@ -96,20 +101,41 @@ class SimilaritySums:
         else:
             self._sums.merge(other._sums)
 
-    def moments(self) -> FoldMoments:
-        """Return the sums per fold; ValueError when an utterance of the view is still missing."""
+    def moments(self, inner: tuple[SimilaritySums, FoldMoments] | None = None) -> FoldMoments:
+        """Return the sums per fold; ValueError when an utterance of the view is still missing.
+
+        ``inner`` is another view of the same layer: where its frames are some of this view's, in the same folds, their
+        products are taken from it.
+        """
         missing = sorted(set(self.folds) - self._seen)
         if missing:
             raise ValueError(f"{self.view.name}: {len(missing)} utterances were not given, the first is {missing[0]!r}")
         if self._sums is not None:
             return self._sums.moments()
-        sums = self._empty(next(iter(self._rows.values())).shape[1])
-        for fold in range(self.settings.folds):
-            parts = [
-                self._views(utt_id, rows) for utt_id, rows in sorted(self._rows.items()) if self.folds[utt_id] == fold
-            ]
-            sums.add(fold, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, f"fold {fold}")
-        return sums.moments()
+        width = next(iter(self._rows.values())).shape[1]
+        few = self.view.num_rows < 2 * max(width, self.view.width)
+        own = self._grown(*inner) if inner is not None and self._holds(inner[0]) else None
+        return moments_of_rows((self._rows_of_fold(fold) for fold in range(self.settings.folds)), few, own)
+
+    def _holds(self, inner: SimilaritySums) -> bool:
+        """Say whether the rows of ``inner`` are some of this view's, in the same folds."""
+        if self.view.pooled or not inner.keep_rows or inner.view.pooled or self.folds != inner.folds:
+            return False
+        units, others = self.view.units, inner.view.units
+        return all(np.isin(others[utt_id].start, units[utt_id].start).all() for utt_id in self.folds)
+
+    def _grown(self, inner: SimilaritySums, moments: FoldMoments) -> list[np.ndarray]:
+        """Return the layer's products with itself per fold: those of ``inner``'s rows and those of the others."""
+        rest: list[list[np.ndarray]] = [[] for _ in range(self.settings.folds)]
+        for utt_id, rows in sorted(self._rows.items()):
+            own, others = self.view.units[utt_id].start, inner.view.units[utt_id].start
+            rest[self.folds[utt_id]].append(rows[np.isin(own, others, invert=True)])
+        blocks = moments.blocks["layer", "layer"]
+        return [block + own_product(parts) for block, parts in zip(blocks, rest, strict=True)]
+
+    def _rows_of_fold(self, fold: int) -> dict[str, list[np.ndarray]]:
+        parts = [self._views(utt_id, rows) for utt_id, rows in sorted(self._rows.items()) if self.folds[utt_id] == fold]
+        return {name: [part[name] for part in parts] for name in parts[0]}
 
     def _require_width(self, width: int, where: str) -> None:
         if self._width not in (None, width):
@@ -144,24 +170,39 @@ def similarity_rows(
 ) -> list[LayerValue]:
     """Return the rows of all layers with all views; ``num_threads`` (torch's) share the layers and change no value.
 
-    A view with too few utterances or rows to be cross-validated is left out, and that is printed. ValueError when a
-    view or a layer is constant or not finite, or a view was made for other utterances.
+    A view with too few utterances or rows to be cross-validated is left out, and that is printed; for a constant layer
+    see :func:`rows_of_layer`. ValueError when a layer is not finite, or a view was made for other utterances.
     """
 
-    def one(job: tuple[View, int]) -> list[LayerValue]:
-        view, layer = job
-        sums = SimilaritySums(view, settings, seed)
+    def measure(job: tuple[list[View], int]) -> list[list[LayerValue]]:
+        group, layer = job
+        kept = [SimilaritySums(view, settings, seed, keep_rows=True) for view in group]
         for utt_id, frames in zip(features.utt_ids, features.of_utterance(layer), strict=True):
             _require_finite(utt_id, features.names[layer], frames)
-            sums.add(utt_id, frames.numpy())
-        return rows_of_layer(system, layer, features.names[layer], sums)
+            for sums in kept:
+                sums.add(utt_id, frames.numpy())
+        found: list[list[LayerValue]] = []
+        inner = None
+        for sums in kept:
+            inner = (sums, sums.moments(inner))
+            found.append(_rows_of_layer(system, layer, features.names[layer], *inner))
+        return found
 
     width = max(layer.shape[1] for layer in features.layers)
     usable = [view for view in views if _enough(system, view, width, settings)]
-    jobs = [(view, layer) for view in usable for layer in range(len(features.names))]
-    # One thread of BLAS each: two layers side by side take half the time, one product on two cores does not.
+    # Views of frames go together, the smallest first: the next ones add to its products.
+    framed = sorted((view for view in usable if not view.pooled), key=lambda view: view.num_rows)
+    groups = [group for group in (framed, *([view] for view in usable if view.pooled)) if group]
+    jobs = [(group, layer) for group in groups for layer in range(len(features.names))]
+    # Two layers side by side take half the time, one product on two cores does not.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(num_threads or torch.get_num_threads()) as pool:
-        return [row for rows in pool.map(one, jobs) for row in rows]
+        found = list(pool.map(measure, jobs))
+    by_job = {
+        (view.name, layer): rows
+        for (group, layer), of_group in zip(jobs, found, strict=True)
+        for view, rows in zip(group, of_group, strict=True)
+    }
+    return [row for view in usable for layer in range(len(features.names)) for row in by_job[view.name, layer]]
 
 
 def accumulate(
@@ -187,14 +228,17 @@ def accumulate(
 def rows_of_layer(system: str, layer: int, layer_name: str, sums: SimilaritySums) -> list[LayerValue]:
     """Return the four rows of one layer with one view; ``null`` is the 95 % line, ``num_frames`` counts the rows.
 
-    ValueError names system and layer when the layer or the view is constant.
+    Where the layer or the view is the same in all rows they are nan and flagged ``constant``, and that is printed.
     """
-    settings, moments, nulls = sums.settings, sums.moments(), list(sums.nulls)
-    try:
-        trials = cca.cross_validate(moments, "layer", "target", settings.cca, nulls)
-    except ValueError as error:
-        raise ValueError(f"{system}, {layer_name}: {error}") from error
-    aligned = cka.align(moments, "layer", "target", nulls)
+    # With several threads BLAS sums in another order: values would hang on their number.
+    with threadpool_limits(1, user_api="blas"):
+        return _rows_of_layer(system, layer, layer_name, sums, sums.moments())
+
+
+def _rows_of_layer(
+    system: str, layer: int, layer_name: str, sums: SimilaritySums, moments: FoldMoments
+) -> list[LayerValue]:
+    settings, nulls = sums.settings, list(sums.nulls)
     row = LayerValue(
         system=system,
         layer=layer,
@@ -208,14 +252,23 @@ def rows_of_layer(system: str, layer: int, layer_name: str, sums: SimilaritySums
         num_frames=moments.count(range(settings.folds)),
         num_utts=len(sums.folds),
     )
+    heldout = f"heldout_{settings.folds}folds"
+    try:
+        trials = cca.cross_validate(moments, "layer", "target", settings.cca, nulls)
+    except cca.ConstantView as error:
+        print(f"{system}, {layer_name}: no similarity with {sums.view.name}: {error}", flush=True)
+        estimators = dict.fromkeys(cca.MEASURES, heldout) | dict.fromkeys(cka.MEASURES, "all_rows")
+        return [replace(row, measure=name, estimator=how, flag="constant") for name, how in estimators.items()]
+    except ValueError as error:
+        raise ValueError(f"{system}, {layer_name}: {error}") from error
+    aligned = cka.align(moments, "layer", "target", nulls)
     rows = []
     for number, measure in enumerate(cca.MEASURES):
         scores = trials.scores[:, number]
         low, high = split_interval(scores, settings.folds)
         null = null_line(trials.nulls[:, :, number].mean(1))
-        estimator = f"heldout_{settings.folds}folds"
         value = float(scores.mean())
-        rows.append(replace(row, measure=measure, estimator=estimator, value=value, low=low, high=high, null=null))
+        rows.append(replace(row, measure=measure, estimator=heldout, value=value, low=low, high=high, null=null))
     for number, measure in enumerate(cka.MEASURES):
         value = float(aligned.values[number])
         low, high = jackknife_interval(value, aligned.left_out[:, number])

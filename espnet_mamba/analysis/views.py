@@ -72,7 +72,7 @@ class View:
         return sorted(utt_id for utt_id, units in self.units.items() if len(units.start))
 
     def layer_rows(self, utt_id: str, frames: np.ndarray) -> np.ndarray:
-        """Return the layer's side of the rows: (T, D_l) -> (R, D_l) float64.
+        """Return the layer's side of the rows: (T, D_l) -> (R, D_l); means as float64, frames as given.
 
         ValueError when the view does not know the utterance or was made for another number of frames.
         """
@@ -85,7 +85,7 @@ class View:
                 "both must come from the same recording at the same frame rate"
             )
         if not self.pooled:
-            return np.asarray(frames[units.start], dtype=np.float64)
+            return frames if len(units.start) == len(frames) else frames[units.start]
         means = [
             frames[start:stop].mean(0, dtype=np.float64) for start, stop in zip(units.start, units.stop, strict=True)
         ]
