@@ -11,6 +11,7 @@ from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from torch.utils.data import DataLoader, Dataset
 
 from espnet_mamba.train.collate import HubertCollate
+from espnet_mamba.train.signals import ignore_in_worker
 
 
 class StepIterFactory(AbsIterFactory):
@@ -33,7 +34,7 @@ class StepIterFactory(AbsIterFactory):
         self.dataset, self.batches, self.collate = dataset, list(batches), collate
         self.seed, self.shuffle = seed, shuffle
         self.iters_per_epoch = num_iters_per_epoch or len(self.batches)
-        self.loader_options = {"num_workers": num_workers, "pin_memory": pin_memory}
+        self.loader_options = {"num_workers": num_workers, "pin_memory": pin_memory, "worker_init_fn": ignore_in_worker}
 
     def batch(self, index: int) -> Sequence[str]:
         """Return the utterance ids of batch ``index`` of the run, counted from 0."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from espnet_mamba.data.files import write_text
 from espnet_mamba.models.pretraining import PretrainingLoss
 
 LOG_NAME = "train_log.jsonl"
@@ -78,12 +77,6 @@ class StepLog:
             handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s: %(message)s"))
             logging.getLogger().addHandler(handler)
 
-    def rewind(self, step: int) -> None:
-        """Drop rows beyond ``step``, which a killed run wrote after its last checkpoint."""
-        if self.active and self.path.is_file():
-            rows = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-            write_text(self.path, "".join(row + "\n" for row in rows))
-
     def write(self, split: str, step: int, row: dict[str, float]) -> None:
         """Write one row of means for ``split``."""
         if not self.active:
@@ -111,11 +104,3 @@ class StepLog:
         """Close tensorboard's files."""
         for writer in self._writers.values():
             writer.close()
-
-
-def _step_of(line: str) -> int:
-    """Return a row's step; a row that a kill cut short counts as beyond every step."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError):
-        return 1 << 62

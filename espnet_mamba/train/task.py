@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from espnet_mamba.train.espnet_model import ESPnetHubertModel
 from espnet_mamba.train.iterators import StepIterFactory
 from espnet_mamba.train.packed_batches import packed_batches
 from espnet_mamba.train.schedules import PolynomialWarmup
+from espnet_mamba.train.signals import passed_on_to_children
 from espnet_mamba.train.trainer import StepTrainer
 
 # On import, so that a spawned worker, which imports this module for the Task it is handed, has them too.
@@ -41,6 +42,12 @@ class HubertTask(AbsTask):
     num_optimizers = 1
     class_choices_list: list[Any] = []
     trainer = StepTrainer
+
+    @classmethod
+    def main(cls, args: argparse.Namespace | None = None, cmd: Sequence[str] | None = None) -> None:
+        """Train; signals that ask for an end reach the processes that ESPnet starts for several GPUs."""
+        with passed_on_to_children():
+            super().main(args, cmd)
 
     @classmethod
     def add_task_arguments(cls, parser: argparse.ArgumentParser) -> None:
