@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ def main() -> None:
     parser.add_argument("--table", type=Path, required=True, help="stages.tsv")
     parser.add_argument("--stage", required=True, help="number or name")
     parser.add_argument("--record_dir", type=Path, help="where the stage's record, log and script go")
+    parser.add_argument("--launcher", default="", help="what runs the command elsewhere: bin/run_job.py with options")
     parser.add_argument("--number", action="store_true", help="only print the stage's number")
     parser.add_argument("command", nargs="*", help="after --: the stage's command")
     args = parser.parse_args()
@@ -27,7 +29,7 @@ def main() -> None:
         print(stage.number)
         return
     try:
-        run_stage(table, stage, os.environ, args.record_dir, args.command)
+        run_stage(table, stage, os.environ, args.record_dir, args.command, shlex.split(args.launcher))
     except StageFailedError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error

@@ -16,6 +16,7 @@ from pathlib import Path
 from espnet_mamba.data.files import read_json, write_json, write_text
 from espnet_mamba.recipe.fingerprint import command_configs, command_options, differences, file_states
 from espnet_mamba.recipe.process import exclusive, run_logged
+from espnet_mamba.recipe.slurm import refuse_running
 from espnet_mamba.recipe.table import Stage, maker_of
 
 
@@ -24,16 +25,23 @@ class StageFailedError(RuntimeError):
 
 
 def run_stage(
-    table: Sequence[Stage], stage: Stage, variables: Mapping[str, str], record_dir: Path, command: Sequence[str]
+    table: Sequence[Stage],
+    stage: Stage,
+    variables: Mapping[str, str],
+    record_dir: Path,
+    command: Sequence[str],
+    launcher: Sequence[str] = (),
 ) -> bool:
     """Run ``stage`` by ``command`` unless it is done with the same options and inputs.
+
+    ``launcher`` is what brings the command to where it runs: words of ``bin/run_job.py`` without log and command.
 
     Returns:
         True when it ran, False when it was skipped.
 
     Raises:
         FileNotFoundError: an input is missing; names the stage that makes it.
-        ValueError: another process is running this stage.
+        ValueError: another process is running this stage, or a Slurm job that nobody waits for.
         StageFailedError: the command failed, or did not make what it should.
     """
     title = f"stage {stage.number} ({stage.name})"
@@ -50,16 +58,35 @@ def run_stage(
             print(f"{title}: done in {old['seconds']:.0f} s on {old['started']}; skipped", flush=True)
             return False
         _announce(title, stage, old, changes, missing)
+        if changes or not launcher:
+            refuse_running(record_path.with_suffix(".job.log"), stage.name)
         if changes and stage.work_dir:
             _set_aside(stage.expand([stage.work_dir], variables)[0])
-        _execute(title, stage, record_path, command, {"options": options, "inputs": files}, outputs)
+        if launcher:
+            command = [*launcher, *_job_options(stage, outputs), str(record_path.with_suffix(".job.log")), *command]
+        _execute(title, stage, record_path, command, {"options": options, "inputs": files}, outputs, not launcher)
         return True
 
 
+def _job_options(stage: Stage, outputs: list[Path]) -> list[str]:
+    """Return what ``bin/run_job.py`` must know of a stage: its name, and whether and till when it can be resumed."""
+    done = [word for path in outputs for word in ("--done", str(path))]
+    return ["--name", stage.name, *(["--resumable", *done] if stage.work_dir else [])]
+
+
 def _execute(
-    title: str, stage: Stage, record_path: Path, command: Sequence[str], state: dict[str, dict], outputs: list[Path]
+    title: str,
+    stage: Stage,
+    record_path: Path,
+    command: Sequence[str],
+    state: dict[str, dict],
+    outputs: list[Path],
+    here: bool,
 ) -> None:
-    """Run the command, with a record that says ``running`` until it says ``done`` or ``failed``."""
+    """Run the command, with a record that says ``running`` until it says ``done`` or ``failed``.
+
+    Memory is measured of a command that runs ``here``, on this machine.
+    """
     log = record_path.with_suffix(".log")
     record = {"number": stage.number, "name": stage.name, "purpose": stage.purpose, "command": shlex.join(command)}
     record |= state | {"started": datetime.now().isoformat(timespec="seconds"), "seconds": 0.0, "peak_memory_mb": 0.0}
@@ -68,14 +95,15 @@ def _execute(
     started = time.monotonic()
     status, peak = run_logged(command, log)
     missing = [path for path in outputs if not path.exists()]
-    record |= {"seconds": round(time.monotonic() - started, 2), "peak_memory_mb": round(peak)}
+    record |= {"seconds": round(time.monotonic() - started, 2), "peak_memory_mb": round(peak) if here else None}
     failed = status != 0 or bool(missing)
     write_json(record_path, record | {"status": "failed" if failed else "done"})
     if failed:
         why = f"exit status {status}" if status else f"it did not make {missing[0]}"
         alone = record_path.with_suffix(".sh")
         raise StageFailedError(f"{title} failed: {why}; log: {log}; run it alone: bash {alone}")
-    print(f"{title}: finished in {record['seconds']:.0f} s, peak memory {peak:.0f} MB", flush=True)
+    memory = f", peak memory {peak:.0f} MB" if here else ""
+    print(f"{title}: finished in {record['seconds']:.0f} s{memory}", flush=True)
 
 
 def _inputs(table: Sequence[Stage], stage: Stage, variables: Mapping[str, str]) -> list[Path]:

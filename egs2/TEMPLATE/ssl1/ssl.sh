@@ -16,15 +16,18 @@ skip_data_prep=false   # Skip stages 1 and 2.
 skip_train=false       # Skip stages 3 to 8.
 skip_eval=false        # Skip stages 9 to 13.
 ngpu=0                 # GPUs for training; 0 trains on the CPU.
-nproc=1                # CPU processes for pretraining (DDP by torchrun); only with --ngpu 0.
-num_nodes=1            # Machines for training.
-nj=3                   # Jobs at a time where work is cut into jobs. Never changes a result.
+nproc=1                # CPU processes per machine for pretraining (DDP); only with --ngpu 0.
+num_nodes=1            # Machines for pretraining; more than one with cmd_backend=slurm.
+nj=3                   # Processes of a stage; cores of each process of a Slurm job. Never changes a result.
+max_jobs=0             # With cmd_backend=slurm: jobs of an array at a time; 0: no limit.
+job_args=              # With cmd_backend=slurm: more options for every job, such as "--mem 16G --time 1-00:00:00".
 python=python          # Interpreter.
 seed=0                 # Seed of everything that draws.
 
 # Where
 corpus=                # Name in folder names; by default the recipe's, or --corpus_dir's.
 corpus_dir=            # A Kaldi-style folder {train,dev,test}/{wav.scp,text,utt2spk[,phones.ctm,words.ctm]} to use instead.
+corpus_dir_is=lists    # lists: such a folder, of another corpus. own: the recipe's own corpus, unpacked; names stay.
 datadir=               # Raw lists; by default data, or data_<corpus> with --corpus_dir.
 dumpdir=               # Checked lists; by default dump, or dump_<corpus> with --corpus_dir.
 expdir=exp             # Experiments.
@@ -32,6 +35,7 @@ expdir=exp             # Experiments.
 # Data (stages 1, 2)
 minutes=25             # Minutes of speech to make, where the recipe makes its own.
 bad_audio=refuse       # refuse: list every bad file and stop; skip: leave them out and list them.
+data_args=             # More options for local/data.sh, such as "--alignments_dir DIR".
 
 # Targets and pretraining (stages 3 to 7)
 model=extbimamba_tiny  # A file of conf/models or conf/ssamba, without .yaml.
@@ -42,6 +46,7 @@ kmeans_frames=500000   # Frames that k-means is fitted on.
 pretrain1_config=tiny_it1  # A file of conf/pretrain.
 pretrain2_config=      # A file of conf/pretrain; by default tiny_it2, or ssamba_tiny for an SSAMBA model.
 pretrain_args=         # More options for both, such as "--max_steps 20".
+variant=               # More in the names from iteration 2 on, such as "layer9": several on one iteration 1.
 
 # Downstream (stages 8 to 10)
 asr_config=train_conformer_tiny  # A file of conf/asr.
@@ -56,6 +61,8 @@ superb_args=           # More options for the SUPERB command.
 analysis_config=mini   # A file of conf/analysis.
 analysis_args=         # More options for the analysis command.
 efficiency_seconds="1 2 5 10 20"  # Lengths of audio to measure, in seconds.
+efficiency_models=     # Names of conf/models or peers to measure beside the upstream, such as "transformer_base".
+efficiency_minutes=10  # What would take longer in all is left out, and said.
 efficiency_args=       # More options for the efficiency command.
 
 log() { echo "$(date '+%Y-%m-%dT%H:%M:%S') $*"; }
@@ -124,23 +131,29 @@ number_of() { # number_of STAGE: its number, whether STAGE is a number or a name
 parse_options "$@"
 first=$(number_of "${stage}")
 last=$(number_of "${stop_stage}")
-[ "${num_nodes}" -eq 1 ] || fail "--num_nodes ${num_nodes}: cmd.sh knows only cmd_backend=local, which has one machine"
 
 if [ -n "${corpus_dir}" ]; then
     # run.sh has changed to its own folder; a path may be meant from where the user stands
     if [ ! -d "${corpus_dir}" ] && [ -d "${OLDPWD:-.}/${corpus_dir}" ]; then corpus_dir=${OLDPWD}/${corpus_dir}; fi
     [ -d "${corpus_dir}" ] || fail "--corpus_dir ${corpus_dir}: no such folder"
-    corpus=$(basename "$(cd "${corpus_dir}" && pwd)")
-    : "${datadir:=data_${corpus}}" "${dumpdir:=dump_${corpus}}"
+    case ${corpus_dir_is} in
+        own) ;;
+        lists)
+            corpus=$(basename "$(cd "${corpus_dir}" && pwd)")
+            : "${datadir:=data_${corpus}}" "${dumpdir:=dump_${corpus}}"
+            ;;
+        *) fail "--corpus_dir_is ${corpus_dir_is}: not lists or own" ;;
+    esac
 fi
 : "${corpus:=$(basename "$(dirname "${PWD}")")}" "${datadir:=data}" "${dumpdir:=dump}"
 
 # Names that stages.tsv refers to
 tag=${model}_${corpus}
 conf=${root}/conf
-tagdir=${expdir}/${tag}
 targets1=${expdir}/targets_${corpus}_it1
 pretrain1=${expdir}/pretrain_${tag}_it1
+tag=${tag}${variant:+_${variant}}
+tagdir=${expdir}/${tag}
 targets2=${expdir}/targets_${tag}_it2
 pretrain2=${expdir}/pretrain_${tag}_it2
 upstream=${expdir}/upstream_${tag}
@@ -173,15 +186,28 @@ fi
 # shellcheck source=egs2/TEMPLATE/ssl1/cmd.sh
 . ./cmd.sh
 
-run() { # run NAME COMMAND...: the stage NAME is COMMAND
-    local name=$1
-    shift
-    "${python}" -m espnet_mamba.bin.run_stage --table "${table}" --stage "${name}" --record_dir "${tagdir}/stages" -- "$@"
+if [ "${num_nodes}" -gt 1 ] && [ -z "${cuda_cmd}" ]; then
+    fail "--num_nodes ${num_nodes}: cmd_backend=local is one machine; use cmd_backend=slurm ./run.sh ..."
+fi
+
+run_by() { # run_by "LAUNCHER" NAME COMMAND...: the stage NAME is COMMAND, run by LAUNCHER where there is one
+    local launcher=$1 name=$2
+    shift 2
+    "${python}" -m espnet_mamba.bin.run_stage --table "${table}" --stage "${name}" --record_dir "${tagdir}/stages" \
+        ${launcher:+--launcher "${launcher} --num_threads ${nj} --max_jobs ${max_jobs} ${job_args}"} -- "$@"
+}
+run() { run_by "${train_cmd}" "$@"; }                          # a job of one process
+run_on_gpu() { run_by "${cuda_cmd:+${cuda_cmd} --gpu $((ngpu > 0))}" "$@"; } # the same, on one GPU if there are any
+processes() { if [ "${ngpu}" -gt 0 ]; then echo "${ngpu}"; else echo "${nproc}"; fi; }
+run_training() { # processes on machines, each with its GPU
+    run_by "${cuda_cmd:+${cuda_cmd} --gpu ${ngpu} --num_nodes ${num_nodes} --tasks_per_node $(processes)}" "$@"
 }
 module() { echo "${python} -m espnet_mamba.bin.$1"; }
 
-train_launcher() { # train_launcher MODULE: one process, ESPnet's own spawn over GPUs, or torchrun over CPU processes
-    if [ "${ngpu}" -gt 1 ]; then
+train_launcher() { # train_launcher MODULE: one process, or one of srun's, ESPnet's own spawn over GPUs, or torchrun's
+    if [ -n "${cuda_cmd}" ]; then
+        echo "$(module "$1") --ngpu $((ngpu > 0))$([ "${ngpu}" -gt 0 ] || echo " --dist_backend gloo")"
+    elif [ "${ngpu}" -gt 1 ]; then
         echo "$(module "$1") --ngpu ${ngpu} --multiprocessing_distributed true"
     elif [ "${ngpu}" -eq 0 ] && [ "${nproc}" -gt 1 ]; then
         echo "torchrun --standalone --nproc_per_node ${nproc} -m espnet_mamba.bin.$1 --ngpu 0 --dist_backend gloo"
@@ -193,7 +219,7 @@ train_launcher() { # train_launcher MODULE: one process, ESPnet's own spawn over
 pretrain() { # pretrain STAGE CONFIG TARGETS OUTPUT LABEL_RATE NUM_CLASSES
     local raw=${dumpdir}/raw
     # shellcheck disable=SC2046,SC2086
-    run "$1" $(train_launcher hubert_train) --config "${conf}/pretrain/$2.yaml" --model "${model_yaml}" \
+    run_training "$1" $(train_launcher hubert_train) --config "${conf}/pretrain/$2.yaml" --model "${model_yaml}" \
         --output_dir "$4" --label_rate "$5" --num_classes "$6" --seed "${seed}" \
         --train_data_path_and_name_and_type "${raw}/train/wav.scp,speech,sound" \
         --train_data_path_and_name_and_type "$3/train.npy,labels,frame_labels" \
@@ -206,7 +232,7 @@ pretrain() { # pretrain STAGE CONFIG TARGETS OUTPUT LABEL_RATE NUM_CLASSES
 pretrain_ssamba() { # its one iteration: no labels
     local raw=${dumpdir}/raw
     # shellcheck disable=SC2046,SC2086
-    run pretrain2 $(train_launcher ssamba_train) --config "${conf}/pretrain/${pretrain2_config}.yaml" \
+    run_training pretrain2 $(train_launcher ssamba_train) --config "${conf}/pretrain/${pretrain2_config}.yaml" \
         --model "${model_yaml}" --output_dir "${pretrain2}" --seed "${seed}" \
         --train_data_path_and_name_and_type "${raw}/train/wav.scp,speech,sound" \
         --valid_data_path_and_name_and_type "${raw}/dev/wav.scp,speech,sound" \
@@ -218,8 +244,9 @@ device() { if [ "${ngpu}" -gt 0 ]; then echo cuda; else echo cpu; fi; }
 systems() { echo "--system pretrained=${upstream} --system random=${upstream_random} --system fbank=$1"; }
 
 stage_data() {
+    # shellcheck disable=SC2086
     run data local/data.sh --data_dir "${datadir}" --minutes "${minutes}" --seed "${seed}" --nj "${nj}" \
-        ${corpus_dir:+--corpus_dir "${corpus_dir}"}
+        ${corpus_dir:+--corpus_dir "${corpus_dir}"} ${data_args}
 }
 stage_check() {
     run check "${python}" -m espnet_mamba.bin.check_data --data_dir "${datadir}" --dump_dir "${dumpdir}/raw" \
@@ -234,7 +261,7 @@ stage_pretrain1() {
     pretrain pretrain1 "${pretrain1_config}" "${targets1}" "${pretrain1}" 100 "${num_clusters1}"
 }
 stage_targets2() {
-    run targets2 "${python}" -m espnet_mamba.bin.make_targets --dump_dir "${dumpdir}/raw" --out_dir "${targets2}" \
+    run_on_gpu targets2 "${python}" -m espnet_mamba.bin.make_targets --dump_dir "${dumpdir}/raw" --out_dir "${targets2}" \
         --features "${pretrain1}/valid.loss.best" --layer "${target_layer}" --num_clusters "${num_clusters2}" \
         --max_frames "${kmeans_frames}" --seed "${seed}" --num_shards "${nj}" --device "$(device)"
 }
@@ -273,7 +300,8 @@ stage_analysis() {
 stage_efficiency() {
     # shellcheck disable=SC2086
     run efficiency "${python}" -m espnet_mamba.bin.efficiency --upstream "${upstream}" --out_dir "${efficiency_dir}" \
-        --seconds ${efficiency_seconds} ${efficiency_args}
+        --seconds ${efficiency_seconds} --minutes "${efficiency_minutes}" \
+        ${efficiency_models:+--models ${efficiency_models}} ${efficiency_args}
 }
 stage_report() {
     run report "${python}" -m espnet_mamba.bin.report --tag "${tag}" --out_dir "${tagdir}" \
