@@ -16,11 +16,14 @@ from espnet_mamba.data.files import atomic_path
 def save_figure(figure: Figure, stem: str | Path) -> list[Path]:
     """Write ``stem``.svg and ``stem``.png (150 dpi), the same bytes for the same numbers; close the figure."""
     paths = [Path(f"{stem}.svg"), Path(f"{stem}.png")]
+    if figure.get_layout_engine() is not None:
+        for _ in range(2):  # constrained layout finds room for long titles only the second time
+            figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # what was found holds for both files
     with matplotlib.rc_context({"svg.hashsalt": "espnet-mamba"}):
         for path in paths:
             with atomic_path(path) as temporary:
                 metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
                 figure.savefig(temporary, dpi=150, metadata=metadata)
-            figure.set_layout_engine("none")  # the places found for the first file hold for the next: a third less time
     plt.close(figure)
     return paths

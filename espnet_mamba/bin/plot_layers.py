@@ -1,4 +1,4 @@
-"""Overlay the analyses of several runs: one figure per measure, estimator and reference, with its numbers as CSV."""
+"""Overlay the analyses of several runs: a figure per measure, estimator and reference, and an overview."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def main() -> None:
     """Parse and call."""
     args = get_parser().parse_args()
     from espnet_mamba.analysis.layer_plots import plot_layers
+    from espnet_mamba.analysis.overview import overview_kinds, plot_overview
     from espnet_mamba.analysis.runs import read_runs
 
     rows = read_runs(args.tables, args.name)
@@ -42,6 +43,9 @@ def main() -> None:
     systems = list(dict.fromkeys(row.system for row in rows))
     for path in plot_layers(chosen, args.out_dir, systems, args.relative_depth):
         print(path, flush=True)
+    if kinds := overview_kinds(chosen):
+        for path in plot_overview(kinds, f"{args.out_dir}/overview", systems):
+            print(path, flush=True)
 
 
 if __name__ == "__main__":
