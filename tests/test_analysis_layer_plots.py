@@ -192,7 +192,7 @@ def test_overview_takes_the_best_bound_and_the_largest_k():
     rows += accuracy("mamba", [0.5]) + curve("mamba", [1.0], "cca_mean", "heldout_5folds", "emotion")
     kinds = [(kind[0].measure, kind[0].estimator) for kind in overview_kinds(rows)]
     assert kinds == [
-        ("mutual_information", "dv_heldout"), ("mutual_information", "mine_paper"), ("pnmi", "kmeans500"),
+        ("mutual_information", "infonce_heldout"), ("mutual_information", "mine_paper"), ("pnmi", "kmeans500"),
         ("phone_accuracy", "lda"), ("cca_mean", "heldout_5folds"),
     ]  # fmt: skip
     assert {row.estimator for row in overview_kinds(rows)[3]} == {"lda", "majority"}
