@@ -17,9 +17,7 @@ def save_figure(figure: Figure, stem: str | Path) -> list[Path]:
     """Write ``stem``.svg and ``stem``.png (150 dpi), the same bytes for the same numbers; close the figure."""
     paths = [Path(f"{stem}.svg"), Path(f"{stem}.png")]
     if figure.get_layout_engine() is not None:
-        for _ in range(2):  # constrained layout finds room for long titles only the second time
-            figure.draw_without_rendering()
-        figure.set_layout_engine("none")  # what was found holds for both files
+        figure.draw_without_rendering()  # constrained layout finds room for long titles only the second time
     with matplotlib.rc_context({"svg.hashsalt": "espnet-mamba"}):
         for path in paths:
             with atomic_path(path) as temporary:
