@@ -22,6 +22,9 @@ RUN_BY = {
     "utils/new_recipe.sh": "test_data_recipes.py",
     "python -m espnet_mamba.bin.convert_checkpoint --help": "test_readme.py: test_small_commands",
     "python -m espnet_mamba.bin.doctor": "test_readme.py: test_small_commands",
+    "python -m espnet_mamba.bin.analyse --help": "test_readme.py: test_small_commands",
+    "python -m espnet_mamba.bin.plot_layers --help": "test_readme.py: test_small_commands",
+    "python -m espnet_mamba.bin.calibrate --help": "test_readme.py: test_small_commands",
 }
 
 
@@ -64,7 +67,10 @@ def test_models_table_names_every_model(readme, root):
         assert f"`{family}`" in readme, path
 
 
-@pytest.mark.parametrize("command", ["convert_checkpoint --help", "doctor", "model_info --help"])
+HELP = ["convert_checkpoint", "model_info", "analyse", "plot_layers", "calibrate"]
+
+
+@pytest.mark.parametrize("command", ["doctor", *(f"{name} --help" for name in HELP)])
 def test_small_commands(command, root):
     words = [sys.executable, "-m", *f"espnet_mamba.bin.{command}".split()]
     done = subprocess.run(words, cwd=root, capture_output=True, text=True)
