@@ -116,7 +116,7 @@ class Cluster:
 
     def wait_idle(self) -> None:
         """Wait until all nodes are idle and answer."""
-        self._until(lambda: self.call("sinfo", "-h", "-N", "-o", "%t").split() == ["idle"] * len(self.nodes))
+        self._until(lambda: self.call("sinfo", "-h", "-N", "-o", "%t").split() == ["idle"] * len(self.nodes), 90.0)
 
     def call(self, *words: str) -> str:
         """Run one of Slurm's commands and return what it prints."""

@@ -49,7 +49,9 @@ def run(cluster, folder, *words, backend="slurm", **changes):
 
 def start(cluster, folder, *words):
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command(*words), cwd=folder, env=environment(cluster), **streams)
+    # A shell's background job, as these tests may be one, ignores Ctrl-C, and its children with it.
+    hears = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    return subprocess.Popen(command(*words), cwd=folder, env=environment(cluster), preexec_fn=hears, **streams)
 
 
 def wait_for(path, text="", seconds=40):
