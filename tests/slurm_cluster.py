@@ -165,7 +165,7 @@ class Cluster:
             except OSError:
                 continue  # it has ended
 
-    def _until(self, true: object, seconds: float = 30.0) -> None:
+    def _until(self, true: object, seconds: float = 90.0) -> None:
         deadline = time.monotonic() + seconds
         while not true():
             if time.monotonic() > deadline:
