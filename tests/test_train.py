@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from espnet_mamba.train.collate import HubertCollate, frame_targets
 
@@ -107,7 +108,15 @@ def test_resumed_in_the_middle_of_an_epoch_is_the_same_run(undisturbed, corpus, 
     monkeypatch.undo()
     with (tmp_path / "r/train_log.jsonl").open("a") as log:
         log.write('{"step": 9, "split": "train", "loss": 0.0}\n{"step": 10, "sp')  # written after the checkpoint
-    assert train(corpus, tmp_path / "r", root, "--max_steps", "12", "--log_interval", "3") == undisturbed[0]
+    again = train(
+        corpus, tmp_path / "r", root, "--max_steps", "12", "--log_interval", "3", "--keep_interval_steps", "4"
+    )
+    assert again == undisturbed[0]
+    assert sorted(path.name for path in (tmp_path / "r").glob("step_*")) == ["step_12", "step_8"]  # 8: resumed from
+    last, whole = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "r/step_12", undisturbed[1] / "last")
+    )
+    assert all(torch.equal(value, whole[name]) for name, value in last.items())
     whole = torch.load(undisturbed[1] / "checkpoint.pth", weights_only=True)["model"]
     resumed = torch.load(tmp_path / "r/checkpoint.pth", weights_only=True)["model"]
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -97,6 +97,12 @@ class KeptRun:
         """Write the encoder, without what only pretraining needs, as a model folder."""
         raise NotImplementedError
 
+    def keep_model(self, step: int) -> None:
+        """Write the model of a step as a folder that stays, where ``keep_interval_steps`` asks for one."""
+        interval = self.options.keep_interval_steps
+        if self.rank == 0 and interval and step % interval == 0:
+            self._write_model(f"step_{step}")
+
     def finish(self) -> None:
         """Write the last model as a folder."""
         if self.rank == 0:
@@ -145,4 +151,5 @@ class KeptRun:
         self.used += self.options.accum_grad * self.batches_per_iter
         if step % self.options.save_interval_steps == 0 or step == last:
             self.save(step)
+        self.keep_model(step)
         self.stop.check()

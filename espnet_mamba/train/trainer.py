@@ -35,6 +35,7 @@ class StepTrainerOptions(TrainerOptions):
 
     max_steps: int
     save_interval_steps: int
+    keep_interval_steps: int
     max_nonfinite_steps: int
 
 
@@ -151,6 +152,12 @@ class StepTrainer(Trainer):
         parser.add_argument("--max_steps", type=int, default=250_000, help="updates of the whole run, not --max_epoch")
         parser.add_argument("--save_interval_steps", type=int, default=500, help="updates between checkpoints")
         parser.add_argument(
+            "--keep_interval_steps",
+            type=int,
+            default=0,
+            help="updates between models that stay, as folders step_N, the untrained step_0 among them; 0: none",
+        )
+        parser.add_argument(
             "--max_nonfinite_steps",
             type=int,
             default=10,
@@ -192,6 +199,7 @@ class StepTrainer(Trainer):
         options, iterations = run.options, train_iter_factory.iters_per_epoch
         run.batches_per_iter = getattr(train_iter_factory, "batches_per_iter", 1)
         step = run.resume()
+        run.keep_model(step)  # again where a kill came between checkpoint and model
         if iterations < options.accum_grad:
             raise ValueError(f"an epoch has {iterations} batches, fewer than one update takes: lower --accum_grad")
         if step >= options.max_steps:
