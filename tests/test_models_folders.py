@@ -19,6 +19,7 @@ from espnet_mamba.efficiency.stage import run_efficiency
 from espnet_mamba.models import checkpoints
 from espnet_mamba.models.folders import export_upstream, load_layers, load_model, upstream_name
 from espnet_mamba.models.hubert import HubertModel
+from espnet_mamba.models.model_folder import read_config, read_weights, write_folder
 from espnet_mamba.models.ssamba.checkpoints import load_checkpoint, save_checkpoint
 from espnet_mamba.models.ssamba.frames import SsambaFrames
 from espnet_mamba.models.ssamba.model import SsambaModel
@@ -130,3 +131,17 @@ def test_efficiency_measures_both_kinds(folders, tmp_path):
     assert json.loads((tmp_path / "efficiency.json").read_text())["batch"] == 1
     with pytest.raises(ValueError, match="399 samples are shorter than one frame"):
         count_ssamba_macs(SMALL, 399)
+
+
+def test_a_folder_is_replaced_whole_even_when_the_old_one_cannot_be_deleted(tmp_path, monkeypatch):
+    write_folder(tmp_path / "m", {"format": "f", "width": 1}, {"w": torch.zeros(2)}, "first")
+
+    def die(path, ignore_errors=False):
+        if str(path).endswith(".old"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("espnet_mamba.models.model_folder.shutil.rmtree", die)
+    with pytest.raises(KeyboardInterrupt):  # killed while the old one is deleted
+        write_folder(tmp_path / "m", {"format": "f", "width": 2}, {"w": torch.ones(2)}, "second")
+    assert read_config(tmp_path / "m", "f") == {"width": 2}
+    assert torch.equal(read_weights(tmp_path / "m", {"w": torch.zeros(2)})["w"], torch.ones(2))

@@ -36,9 +36,11 @@ def write_folder(folder: str | Path, values: dict[str, Any], state: dict[str, Te
     with open(temporary / WEIGHTS, "rb") as handle:
         os.fsync(handle.fileno())
     write_text(temporary / CARD, card)
-    if folder.exists():
-        shutil.rmtree(folder)
+    replaced = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    if folder.exists():  # a folder cannot be renamed over one: set aside, so that no kill finds it half deleted
+        os.replace(folder, replaced)
     os.replace(temporary, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read_config(folder: str | Path, kind: str) -> dict[str, Any]:
