@@ -66,7 +66,12 @@ def test_only_common_lengths_of_one_mode_are_compared():
     series = {("a", "eval", "one"): slow, ("b", "eval", "one"): square, ("b", "train", "one"): slow}
     (crossing,) = all_crossovers(series, "wall", True)
     assert (crossing.passes, crossing.passed, crossing.mode) == ("a", "b", "eval")
-    assert str(crossing) == "a passes b at 40 s [40, 40] (wall, eval, batch of one)"
+    assert str(crossing) == "a passes b at 40 s (wall, eval, batch of one)"
+
+
+def test_one_call_at_each_length_gives_no_interval():
+    found, low, high, share = crossing_of_walls({x: [8.0 * x] for x in LENGTHS}, {x: [0.2 * x**2] for x in LENGTHS})
+    assert found == pytest.approx(40.0) and np.isnan(low) and np.isnan(high) and share == 1.0
 
 
 def test_formulas_cross_where_algebra_says():

@@ -70,6 +70,8 @@ def crossing_of_walls(
     if not hits:
         return found, float("nan"), float("nan"), 0.0
     low, high = np.percentile(hits, [2.5, 97.5])
+    if low == high:  # one call at each length around it: nothing to redraw is not certainty
+        return found, float("nan"), float("nan"), len(hits) / len(draws)
     return found, float(low), float(high), len(hits) / len(draws)
 
 
