@@ -8,6 +8,7 @@ from pathlib import Path
 
 # Options that choose how fast a result comes, never which.
 SPEED_OPTIONS = {"--nj", "--num_workers", "--num_shards", "--ngpu", "--device", "--num_threads", "--resume"}
+SPEED_OPTIONS |= {"--launcher"}  # where jobs run
 # A resumed run may have another number of processes than before: batches are the same.
 SPEED_OPTIONS |= {"--dist_backend", "--multiprocessing_distributed"}
 

@@ -64,6 +64,13 @@ class ModelSource:
         self.device, self.hop = device, loaded.hop
         self.names = [f"layer{i}" for i in range(loaded.num_layers)]
         self.dims = [loaded.width] * len(self.names)
+        self._only: int | None = None
+
+    def keep_only(self, layer: int) -> None:
+        """Give this one layer from now on, left on the model's device; the blocks above it are not run."""
+        self.names, self.dims, self._only = [self.names[layer]], [self.dims[layer]], layer
+        if isinstance(self.model, HubertModel):
+            self.model.blocks = self.model.blocks[:layer]
 
     def add_conv(self) -> bool:
         """See :func:`add_conv`; SSAMBA has no convolutional front end."""
@@ -83,6 +90,8 @@ class ModelSource:
             layers, num_frames = [*output.hidden_states, output.conv_features], output.num_frames
         else:
             layers, num_frames = self.model.extract_features(wavs, num_samples)
+        if self._only is not None:
+            return [layers[self._only]], num_frames.cpu()
         return [layer.cpu() for layer in layers], num_frames.cpu()
 
 
@@ -107,28 +116,45 @@ def open_features(spec: str, device: str = "cpu") -> FeatureSource:
     return ModelSource(spec, device)
 
 
+def open_layer(spec: str, layer: int, device: str = "cpu") -> FeatureSource:
+    """Open a source as :func:`open_features` does that gives one layer only.
+
+    Raises:
+        ValueError: the layer does not exist.
+        FileNotFoundError: see :func:`open_features`.
+    """
+    source = open_features(spec, device)
+    if not 0 <= layer < len(source.names):
+        raise ValueError(f"{spec}: layer {layer} does not exist; it has {', '.join(source.names)}")
+    if isinstance(source, ModelSource):
+        source.keep_only(layer)
+    return source
+
+
+def plan_batches(utterances: Sequence[Utterance], batch_seconds: float = 48.0) -> list[list[Utterance]]:
+    """Cut the utterances, sorted by length, into batches of at most ``batch_seconds`` with padding, shortest first."""
+    batches: list[list[Utterance]] = []
+    for utterance in sorted(utterances, key=lambda utterance: (utterance.num_samples, utterance.utt_id)):
+        if not batches or (len(batches[-1]) + 1) * utterance.num_samples > batch_seconds * 16000:
+            batches.append([])
+        batches[-1].append(utterance)
+    return batches
+
+
 def iterate_features(
     source: FeatureSource, utterances: Sequence[Utterance], batch_seconds: float = 48.0
 ) -> Iterator[tuple[Utterance, list[Tensor]]]:
     """Read audio and yield each utterance with its layers ``(T, D_l)``, valid frames only, in order of duration.
 
-    Batches are cut from the utterances sorted by length, so that a batch holds little padding; what is yielded for an
-    utterance does not depend on ``batch_seconds`` beyond rounding.
+    What is yielded for an utterance does not depend on ``batch_seconds`` beyond rounding.
     """
-    ordered = sorted(utterances, key=lambda utterance: (utterance.num_samples, utterance.utt_id))
-    batch: list[Utterance] = []
-    for utterance in ordered:
-        if batch and (len(batch) + 1) * utterance.num_samples > batch_seconds * 16000:
-            yield from _batch_features(source, batch)
-            batch = []
-        batch.append(utterance)
-    if batch:
-        yield from _batch_features(source, batch)
+    for batch in plan_batches(utterances, batch_seconds):
+        wavs = [torch.from_numpy(read_audio(utterance.path)) for utterance in batch]
+        yield from zip(batch, features_of(source, wavs), strict=True)
 
 
-def _batch_features(source: FeatureSource, batch: Sequence[Utterance]) -> Iterator[tuple[Utterance, list[Tensor]]]:
-    wavs = [torch.from_numpy(read_audio(utterance.path)) for utterance in batch]
+def features_of(source: FeatureSource, wavs: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Return the layers ``(T, D_l)``, valid frames only, of each recording ``(S,)`` of one batch."""
     num_samples = torch.tensor([len(wav) for wav in wavs])
-    layers, num_frames = source(pad_sequence(wavs, batch_first=True), num_samples)
-    for row, utterance in enumerate(batch):
-        yield utterance, [layer[row, : num_frames[row]] for layer in layers]
+    layers, num_frames = source(pad_sequence(list(wavs), batch_first=True), num_samples)
+    return [[layer[row, : num_frames[row]] for layer in layers] for row in range(len(wavs))]

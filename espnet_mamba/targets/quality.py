@@ -1,7 +1,11 @@
-"""How well clusters tell phones apart: phone purity, cluster purity, PNMI (Hsu et al. 2021; docs/papers.md 7)."""
+"""How well clusters tell phones apart: phone purity, cluster purity, PNMI (Hsu et al. 2021; docs/papers.md 7).
+
+P phones, K clusters, F frames.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +19,27 @@ class ClusterQuality(NamedTuple):
     pnmi: float  # I(y; z) / H(y)
     used_clusters: int
     num_frames: int
+
+
+class JointCounts:
+    """Counts frames by phone and cluster, utterance by utterance, so that a corpus of any size can be scored."""
+
+    def __init__(self, num_clusters: int) -> None:
+        self.num_clusters = num_clusters
+        self.phones: dict[str, int] = {}  # name -> row
+        self._counts = np.zeros((64, num_clusters), dtype=np.int64)
+
+    def add(self, phones: Sequence[str], clusters: np.ndarray) -> None:
+        """Count an utterance's frames: the phone of each, and ``clusters (F,)``."""
+        rows = np.array([self.phones.setdefault(name, len(self.phones)) for name in phones], dtype=np.int64)
+        while len(self.phones) > len(self._counts):
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+        np.add.at(self._counts, (rows, clusters), 1)
+
+    def counts(self, without: str | None = None) -> np.ndarray:
+        """Return counts ``(P, K)``, with the row of the phone ``without`` left out."""
+        keep = [row for name, row in self.phones.items() if name != without]
+        return self._counts[keep]
 
 
 def cluster_quality(phones: np.ndarray, clusters: np.ndarray, num_clusters: int) -> ClusterQuality:
@@ -33,10 +58,21 @@ def cluster_quality(phones: np.ndarray, clusters: np.ndarray, num_clusters: int)
     if clusters.min() < 0 or clusters.max() >= num_clusters:
         span = f"{clusters.min()} to {clusters.max()}"
         raise ValueError(f"purity: clusters run from {span}, expected 0..{num_clusters - 1}")
-    joint = np.zeros((int(phones.max()) + 1, num_clusters))
-    np.add.at(joint, (phones, clusters), 1.0)
-    used = int((joint.sum(0) > 0).sum())
-    joint /= len(phones)
+    counts = np.zeros((int(phones.max()) + 1, num_clusters), dtype=np.int64)
+    np.add.at(counts, (phones, clusters), 1)
+    return quality_of_counts(counts)
+
+
+def quality_of_counts(counts: np.ndarray) -> ClusterQuality:
+    """Score counts of frames by phone and cluster ``(P, K)``.
+
+    Raises:
+        ValueError: no frames.
+    """
+    total = int(counts.sum())
+    if total == 0:
+        raise ValueError("purity needs frames with phones, and there are none; are the alignments of these utterances?")
+    joint = counts / total
     phone, cluster = joint.sum(1, keepdims=True), joint.sum(0, keepdims=True)
     seen = joint > 0
     information = float((joint[seen] * np.log(joint[seen] / (phone * cluster)[seen])).sum())
@@ -45,6 +81,6 @@ def cluster_quality(phones: np.ndarray, clusters: np.ndarray, num_clusters: int)
         purity=float(joint.max(0).sum()),
         cluster_purity=float(joint.max(1).sum()),
         pnmi=information / entropy if entropy > 0 else 0.0,
-        used_clusters=used,
-        num_frames=len(phones),
+        used_clusters=int((counts.sum(0) > 0).sum()),
+        num_frames=total,
     )
