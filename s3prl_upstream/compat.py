@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from types import ModuleType
+from typing import Any
 
 
 def before_s3prl() -> None:
@@ -25,6 +27,28 @@ def before_problems() -> None:
     before_s3prl()
     if not hasattr(pandas.Series, "iteritems"):
         pandas.Series.iteritems = pandas.Series.items
+
+
+def read_shards() -> None:
+    """Let S3PRL's data sets read audio in tar shards, ``shard.tar:offset:length``, as everything else here does."""
+    from s3prl.dataio.dataset import load_audio
+
+    if not isinstance(load_audio.librosa, _ShardReader):
+        load_audio.librosa = _ShardReader(load_audio.librosa)
+
+
+class _ShardReader:
+    """``librosa`` as S3PRL calls it, which is ``load`` alone."""
+
+    def __init__(self, librosa: ModuleType) -> None:
+        self.librosa = librosa
+
+    def load(self, path: str, **options: Any) -> Any:
+        """Load a path as librosa does, or what lies at a place in a shard."""
+        from espnet_mamba.data.audio import read_bytes
+        from espnet_mamba.data.tar_shards import parse_member
+
+        return self.librosa.load(io.BytesIO(read_bytes(path)) if parse_member(str(path)) else path, **options)
 
 
 def _set_audio_backend(backend: str | None) -> None:

@@ -27,6 +27,8 @@ from s3prl.task.utterance_classification_task import (  # noqa: E402
 from s3prl_upstream.frozen import FrozenUpstream  # noqa: E402
 from s3prl_upstream.rng import rng_preserved  # noqa: E402
 
+compat.read_shards()
+
 PREDICTIONS = "predictions.json"  # {utterance: {"prediction": ..., "label": ...}}, written by the test
 SPLITS = ("train", "valid", "test")
 AUDIO_BYTES = 2**30  # a data set's audio is held in memory up to this size

@@ -148,7 +148,8 @@ def test_optional_tables_stay_optional(corpus):
         for table in ("phones.ctm", "words.ctm", "utt2intent"):
             (corpus / name / table).unlink()
     dump = check(corpus)
-    assert sorted(path.name for path in (dump / "dev").iterdir()) == ["text", "utt2num_samples", "utt2spk", "wav.scp"]
+    tables = ["manifest.tsv", "text", "utt2num_samples", "utt2spk", "wav.scp"]
+    assert sorted(path.name for path in (dump / "dev").iterdir()) == tables
 
 
 def damage_file(corpus, reason):

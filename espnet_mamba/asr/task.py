@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from espnet2.tasks import asr
 from espnet2.train.class_choices import ClassChoices
+from espnet2.train.dataset import DATA_TYPES
 
 from espnet_mamba.asr.conbimamba_encoder import ConBiMambaEncoder
 from espnet_mamba.asr.frontend import FrozenS3prlFrontend
 from espnet_mamba.asr.preencoder import StackedLinear
+from espnet_mamba.data.audio_list import SOUND_HELP, AudioList
 
 
 def _add(choices: ClassChoices, name: str, added: type) -> None:
@@ -23,6 +25,7 @@ def _add(choices: ClassChoices, name: str, added: type) -> None:
 _add(asr.frontend_choices, "frozen_s3prl", FrozenS3prlFrontend)
 _add(asr.preencoder_choices, "stacked_linear", StackedLinear)
 _add(asr.encoder_choices, "conbimamba", ConBiMambaEncoder)
+DATA_TYPES["sound"] = {"func": AudioList, "kwargs": [], "help": SOUND_HELP}
 
 
 class ASRTask(asr.ASRTask):

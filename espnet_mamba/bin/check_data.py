@@ -22,6 +22,10 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--min_samples", type=int, default=1040, help="shortest recording (1040 = 65 ms)")
     parser.add_argument("--nj", type=int, default=2, help="files decoded at a time")
+    parser.add_argument(
+        "--shard_dir", help="copy the checked audio into tar shards there (bin/pack_audio.py); default: no"
+    )
+    parser.add_argument("--shard_mb", type=float, default=1000.0, help="size of a shard in 10^6 bytes, at most")
     return parser
 
 
@@ -29,8 +33,11 @@ def main() -> None:
     """Parse and check."""
     args = get_parser().parse_args()
     from espnet_mamba.data.check import check_sets
+    from espnet_mamba.data.pack import pack_sets
 
     check_sets(args.data_dir, args.dump_dir, args.sets, args.bad_audio, args.nj, args.min_samples)
+    if args.shard_dir:
+        pack_sets(args.dump_dir, args.sets, args.shard_dir, args.shard_mb, args.nj)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from pathlib import Path
 from espnet_mamba.data.audio import SAMPLE_RATE, AudioError
 from espnet_mamba.data.audio_check import FRAME_SAMPLES, MIN_SAMPLES, check_many
 from espnet_mamba.data.bad_items import BadItem, compare_ids, compare_times, count_slots, format_bad_items
+from espnet_mamba.data.check_journal import AudioFacts, CheckJournal
 from espnet_mamba.data.folders import replaced_folders
+from espnet_mamba.data.manifest import write_facts
 from espnet_mamba.data.tables import SetTables, read_set, write_set
 
 POLICIES = ("refuse", "skip")
@@ -21,11 +24,16 @@ POLICIES = ("refuse", "skip")
 
 @dataclass(frozen=True)
 class CheckedSet:
-    """One set after the check; ``num_samples`` is utterance -> S of the good ones."""
+    """One set after the check; ``facts`` is utterance -> what the manifest says of the good ones."""
 
     tables: SetTables
-    num_samples: dict[str, int]
+    facts: dict[str, AudioFacts]
     bad: list[BadItem]
+
+    @property
+    def num_samples(self) -> dict[str, int]:
+        """Samples of each good utterance."""
+        return {utt_id: facts.samples for utt_id, facts in self.facts.items()}
 
 
 def check_sets(
@@ -51,7 +59,9 @@ def check_sets(
     for tables in read:
         for name in tables.unsorted:
             print(f"note: {data_dir}/{tables.name}/{name} is not sorted by utterance; sorted in {dump_dir}")
-    checked = [_check_set(tables, data_dir / tables.name, nj, min_samples) for tables in read]
+    checked_at = time.time()
+    journals = {name: CheckJournal(_journal_path(Path(dump_dir), name), min_samples) for name in sets}
+    checked = [_check_set(tables, data_dir / tables.name, nj, min_samples, journals[tables.name]) for tables in read]
     bad = [item for one in checked for item in one.bad]
     if bad:
         print(format_bad_items(bad), file=sys.stderr)
@@ -62,13 +72,16 @@ def check_sets(
             )
     checked = [_without_bad(one) for one in checked]
     for one in checked:
-        if not one.num_samples:
+        if not one.facts:
             raise ValueError(f"{data_dir}/{one.tables.name}: no usable utterance is left; the set must not be empty")
     with replaced_folders(dump_dir, sets) as folders:
         for one in checked:
             write_set(one.tables, folders[one.tables.name], one.num_samples)
+            write_facts(folders[one.tables.name], one.facts, checked_at)
             if one.bad:
                 _write_rejected(one.bad, folders[one.tables.name] / "rejected.tsv")
+    for journal in journals.values():
+        journal.remove()
     _note_shared_speakers(checked)
     print("\n".join(summary_line(one) for one in checked))
 
@@ -82,26 +95,33 @@ def _refuse_broken_tables(read: Sequence[SetTables]) -> None:
         raise ValueError(f"{len(problems)} problems in the tables, listed above; correct them; nothing was written")
 
 
-def _check_set(tables: SetTables, folder: Path, nj: int, min_samples: int) -> CheckedSet:
+def _journal_path(dump_dir: Path, name: str) -> Path:
+    """Return where a check that takes long notes what it has found: beside the folder, which is written at its end."""
+    return dump_dir.parent / f".checking.{dump_dir.name}" / f"{name}.jsonl"
+
+
+def _check_set(tables: SetTables, folder: Path, nj: int, min_samples: int, journal: CheckJournal) -> CheckedSet:
     """Compare one set's tables with each other and with the audio."""
     bad = compare_ids(tables, folder)
-    num_samples: dict[str, int] = {}
-    for utt_id, result in check_many(tables.wavs, nj, min_samples).items():
+    good: dict[str, AudioFacts] = {}
+    for utt_id, result in check_many(tables.wavs, nj, min_samples, journal).items():
         if isinstance(result, AudioError):
             bad.append(
                 BadItem(tables.name, utt_id, result.reason, result.path, result.value, result.limit, result.remedy)
             )
         else:
-            num_samples[utt_id] = result
-    bad += compare_times(tables, folder, num_samples)
+            good[utt_id] = result
+    checked = CheckedSet(tables, good, bad)
+    bad += compare_times(tables, folder, checked.num_samples)
     bad += count_slots(tables, folder)
-    return CheckedSet(tables, num_samples, sorted(bad, key=lambda item: (item.utt_id, item.place)))
+    bad.sort(key=lambda item: (item.utt_id, item.place))
+    return checked
 
 
 def _without_bad(one: CheckedSet) -> CheckedSet:
     """Return the set without its bad utterances, the same ids in every table."""
     bad_ids = {item.utt_id for item in one.bad}
-    good = [utt_id for utt_id in one.num_samples if utt_id not in bad_ids]
+    good = [utt_id for utt_id in one.facts if utt_id not in bad_ids]
     tables = replace(
         one.tables,
         wavs={utt_id: one.tables.wavs[utt_id] for utt_id in good},
@@ -111,7 +131,7 @@ def _without_bad(one: CheckedSet) -> CheckedSet:
         intents=None if one.tables.intents is None else {utt_id: one.tables.intents[utt_id] for utt_id in good},
         labels={name: {utt_id: table[utt_id] for utt_id in good} for name, table in one.tables.labels.items()},
     )
-    return CheckedSet(tables, {utt_id: one.num_samples[utt_id] for utt_id in good}, one.bad)
+    return CheckedSet(tables, {utt_id: one.facts[utt_id] for utt_id in good}, one.bad)
 
 
 def _write_rejected(bad: Sequence[BadItem], path: Path) -> None:

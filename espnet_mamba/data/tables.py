@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from espnet_mamba.data.kaldi import Segment, scan_ctm, scan_table, write_ctm, write_table
+from espnet_mamba.data.tar_shards import parse_member
 
 REQUIRED = ("wav.scp", "text", "utt2spk")
 # What one line of each is about.
@@ -84,8 +85,10 @@ def _resolve(tables: SetTables, table: Path, utt_id: str, value: str, roots: Seq
         return
     if not value:
         return
-    candidates = [Path(root).resolve() / value for root in roots]
-    tables.wavs[utt_id] = str(next((path for path in candidates if path.is_file()), candidates[0]))
+    member = parse_member(value)
+    candidates = [Path(root).resolve() / (member.shard if member else value) for root in roots]
+    found = str(next((path for path in candidates if path.is_file()), candidates[0]))
+    tables.wavs[utt_id] = str(member._replace(shard=found)) if member else found
 
 
 def _read_alignment(tables: SetTables, path: Path) -> None:
