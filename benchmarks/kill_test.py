@@ -28,7 +28,7 @@ import torch
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMED = ("seconds", "audio_rate")  # of a log line, beside whatever else is not in EXACT
+TIMED = ("seconds", "audio_rate", "data_wait", "mfu")  # of a log line, beside whatever else is not in EXACT
 EXACT = "step split loss loss_masked loss_info_nce loss_mse feature_penalty accuracy_masked accuracy_unmasked".split()
 EXACT += ["grad_norm", "learning_rate"]
 FRONT_END = [[8, 10, 5]] + [[8, 3, 2]] * 4 + [[8, 2, 2]] * 2

@@ -148,3 +148,21 @@ def test_an_infinity_in_one_process_is_skipped_by_both_and_found_where_it_is(hub
     assert first["where"].startswith("nothing when repeated")
     assert second["where"] == "the output of model.hubert.blocks.1 (EncoderBlock)"
     assert not set(first["utterances"]) & set(second["utterances"])
+
+
+def test_two_processes_compute_blocks_twice_and_try_their_largest_batches_first(hubert):
+    """Neither changes a number; hours are those of both processes together."""
+    options = ("--log_interval", 1, "--max_steps", 5, "--peak_tflops", 1)
+    tried = ("--activation_checkpointing", "true", "--worst_batches_first", "true")
+    found = {}
+    for name, extra in (("as it is", ()), ("twice", tried)):
+        assert [wait(pid) for pid in start_two(hubert, name, *options, *extra)] == [0, 0], log_of(hubert, name)[-2000:]
+        lines = (hubert.work / name / "train_log.jsonl").read_text().splitlines()
+        found[name] = [row for row in map(json.loads, lines) if row["split"] == "train"]
+    keys = ("step", "loss", "grad_norm", "accuracy_masked", "accuracy_unmasked", "hours_seen")
+    one, other = ([[row[key] for key in keys] for row in rows] for rows in found.values())
+    assert one == other and all(row["mfu"] > 0 for row in found["twice"])
+    assert "worst batches first" in log_of(hubert, "twice")
+    assert "activation checkpointing: 3 blocks" in log_of(hubert, "twice")
+    row = found["twice"][0]
+    assert row["audio_rate"] * row["seconds"] == pytest.approx(3600 * row["hours_seen"]), "of both, in one's time"

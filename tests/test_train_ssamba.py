@@ -46,7 +46,7 @@ def train(corpus, out, root, *extra):
 
     SsambaTask.main(cmd=arguments(corpus, out, root, *extra))
     rows = [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
-    timed = ("seconds", "audio_rate")
+    timed = ("seconds", "audio_rate", "data_wait", "mfu")
     return [{key: value for key, value in row.items() if key not in timed} for row in rows]
 
 

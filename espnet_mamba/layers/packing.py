@@ -16,29 +16,36 @@ from torch import Tensor
 class Packing:
     """Where the utterances of a row lie: one after the other, in order.
 
+    Lengths that are on the CPU cost a GPU nothing: its host knows all shapes and places, and never waits for it.
+
     Args:
         lengths: frames of each utterance ``(B,)``, at least one of them above 0.
+        device: where the rows are; default: where ``lengths`` is.
     """
 
-    def __init__(self, lengths: Tensor) -> None:
-        self.lengths = lengths
-        self.longest = int(lengths.max())
-        self.valid = torch.arange(self.longest, device=lengths.device) < lengths[:, None]  # (B, T)
+    def __init__(self, lengths: Tensor, device: torch.device | str | None = None) -> None:
+        host, device = lengths.cpu(), lengths.device if device is None else device
+        self.longest, self.num_frames = int(host.max()), int(host.sum())
+        self.shape = (len(host), self.longest)
+        self.lengths = lengths.to(device, non_blocking=True)
+        # from a frame's place in the row (F,) to that in the batch (B * T,)
+        shift = torch.arange(len(host), device=device) * self.longest - (self.lengths.cumsum(0) - self.lengths)
+        shifts = shift.repeat_interleave(self.lengths, output_size=self.num_frames)  # given, not asked of a GPU
+        self.index = torch.arange(self.num_frames, device=device) + shifts
 
     @property
-    def num_frames(self) -> int:
-        """Frames of the row."""
-        return int(self.lengths.sum())
+    def valid(self) -> Tensor:
+        """``(B, T)`` bool, true where there is a frame."""
+        return torch.arange(self.longest, device=self.lengths.device) < self.lengths[:, None]
 
     def pad(self, row: Tensor) -> Tensor:
         """Lay ``(1, F, ...)`` out as ``(B, T, ...)``, zeros in the padding."""
-        batch = row.new_zeros(*self.valid.shape, *row.shape[2:])
-        batch[self.valid] = row[0]
-        return batch
+        batch = row.new_zeros(self.shape[0] * self.longest, *row.shape[2:])
+        return batch.index_copy(0, self.index, row[0]).unflatten(0, self.shape)
 
     def pack(self, batch: Tensor) -> Tensor:
         """Lay the valid frames of ``(B, T, ...)`` one after the other, ``(1, F, ...)``."""
-        return batch[self.valid][None]
+        return batch.flatten(0, 1).index_select(0, self.index)[None]
 
 
 def slot_samples(num_samples: Tensor, downsample_rate: int) -> Tensor:

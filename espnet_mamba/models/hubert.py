@@ -69,8 +69,9 @@ class HubertModel(nn.Module):
 
         Args:
             wavs: ``(B, S)`` in [-1, 1]; packed, a row ``(1, S)`` of ``layers.packing.pack_waveforms``.
-            num_samples: valid samples ``(B,)``; None when every row is full. An utterance shorter than the front end's
-                receptive field has no frames; that is said once.
+            num_samples: valid samples ``(B,)``; None when every row is full. On the CPU they spare a GPU the wait for
+                them, wherever ``wavs`` is. An utterance shorter than the front end's receptive field has no frames;
+                that is said once.
             frame_mask: ``(B, T)`` bool, frames that the mask embedding replaces; None for none. Packed, ``(1, F)``.
             packed: whether ``wavs`` is a packed row; tensors of the output are then ``(1, F, ...)``, F the sum of all
                 frames.
@@ -80,21 +81,26 @@ class HubertModel(nn.Module):
         """
         if packed:
             return self._forward_packed(wavs, num_samples, frame_mask)
-        padded = num_samples is not None and bool((num_samples < wavs.shape[1]).any())
-        if padded:  # masked_fill, not multiplication: NaN in the padding must not come through
-            wavs = wavs.masked_fill(torch.arange(wavs.shape[1], device=wavs.device) >= num_samples[:, None], 0.0)
+        samples = lengths = None
+        host = None if num_samples is None else num_samples.cpu()  # what is asked below must not wait for a GPU
+        if host is not None and bool((host < wavs.shape[1]).any()):
+            samples = num_samples.to(wavs.device, non_blocking=True)
+            # masked_fill, not multiplication: NaN in the padding must not come through
+            wavs = wavs.masked_fill(torch.arange(wavs.shape[1], device=wavs.device) >= samples[:, None], 0.0)
         if wavs.shape[1] < self.config.receptive_field:
             return self._without_frames(wavs)
-        conv = self.front_end(wavs, num_samples if padded else None)
-        lengths = self._num_frames(num_samples) if padded else None
+        conv = self.front_end(wavs, samples)
+        if samples is not None:
+            lengths = self._num_frames(host).to(wavs.device, non_blocking=True)
         counts = torch.full((wavs.shape[0],), conv.shape[1], device=conv.device) if lengths is None else lengths
         return self._encode(conv, lengths, counts, frame_mask)
 
     def _forward_packed(self, row: Tensor, num_samples: Tensor | None, frame_mask: Tensor | None) -> HubertOutput:
         if num_samples is None or row.shape[0] != 1:
             raise ValueError(f"a packed row is (1, S) with num_samples (B,), given {tuple(row.shape)}, {num_samples}")
-        packing = Packing(self._num_frames(num_samples))
-        conv = self.front_end.forward_packed(row, num_samples)
+        host = num_samples.cpu()
+        packing = Packing(self._num_frames(host), row.device)
+        conv = self.front_end.forward_packed(row, host)
         return self._encode(conv, packing, packing.lengths, frame_mask)
 
     def _without_frames(self, wavs: Tensor) -> HubertOutput:

@@ -19,6 +19,7 @@ from espnet_mamba.models.masking import span_mask
 
 HEAD_DIM = 256
 TEMPERATURE = 0.1
+UNMASKED_AT_ONCE = 4096  # frames that are only watched and scored together, so that no (B * T, K) tensor arises
 
 
 class CosineHead(nn.Module):
@@ -70,22 +71,23 @@ class HubertForPretraining(nn.Module):
         Args:
             speech: audio ``(B, S)``, or a packed row ``(1, S)`` of B utterances.
             labels: one class per frame ``(B, T)``; what stands in the padding is not read. Packed, ``(1, F)``.
-            num_samples: valid samples ``(B,)``; None when nothing is padded.
+            num_samples: valid samples ``(B,)``, best on the CPU (see ``HubertModel.forward``); None when nothing is
+                padded.
             generator: source of the masks, on the device of ``speech``.
 
         Raises:
             ValueError: labels and frames differ in number.
         """
-        if num_samples is not None and len(num_samples) != len(speech):
+        total = int(num_conv_frames(speech.shape[1], self.hubert.config.conv_layers))
+        if num_samples is not None and _is_packed(speech, labels, num_samples, total):
             return self._forward_packed(speech, labels, num_samples, generator)
+        if labels.shape[1] != total:
+            raise ValueError(f"labels have {labels.shape[1]} frames, the audio has {total}")
         if num_samples is None:
             valid_samples = torch.full((len(speech),), speech.shape[1], device=speech.device)
         else:
-            valid_samples = num_samples
+            valid_samples = num_samples.to(speech.device, non_blocking=True)
         num_frames = num_conv_frames(valid_samples, self.hubert.config.conv_layers)
-        total = int(num_conv_frames(speech.shape[1], self.hubert.config.conv_layers))
-        if labels.shape[1] != total:
-            raise ValueError(f"labels have {labels.shape[1]} frames, the audio has {total}")
         mask = span_mask(num_frames, total, self.mask_probability, self.mask_span, generator=generator)
         output = self.hubert(speech, num_samples, mask)
         valid = torch.arange(total, device=speech.device) < num_frames[:, None]
@@ -94,7 +96,9 @@ class HubertForPretraining(nn.Module):
     def _forward_packed(
         self, row: Tensor, labels: Tensor, num_samples: Tensor, generator: torch.Generator | None
     ) -> PretrainingLoss:
-        packing = Packing(num_conv_frames(num_samples, self.hubert.config.conv_layers).clamp(min=0))
+        num_samples = num_samples.cpu()
+        frames = num_conv_frames(num_samples, self.hubert.config.conv_layers).clamp(min=0)
+        packing = Packing(frames, row.device)
         if labels.shape[1] != packing.num_frames:
             raise ValueError(f"labels have {labels.shape[1]} frames, the packed audio has {packing.num_frames}")
         masking = (self.mask_probability, self.mask_span)
@@ -103,13 +107,31 @@ class HubertForPretraining(nn.Module):
         return self._score(output, labels, mask, torch.ones_like(mask))
 
     def _score(self, output: HubertOutput, labels: Tensor, mask: Tensor, valid: Tensor) -> PretrainingLoss:
-        hidden = output.hidden_states[-1]
-        targets = labels[mask]
-        logits = self.head(hidden[mask])
+        hidden, labels = output.hidden_states[-1].flatten(0, 1), labels.flatten()
+        masked, seen = _masked_and_seen(mask, valid)
+        targets = labels[masked]
+        logits = self.head(hidden.index_select(0, masked))
         loss_sum = F.cross_entropy(logits, targets, reduction="sum")
-        with torch.no_grad():  # only watched, so no (B * T, K) tensor with a gradient
-            seen = valid & ~mask
-            correct_unmasked = (self.head(hidden[seen]).argmax(-1) == labels[seen]).sum()
+        with torch.no_grad():  # only watched
             correct_masked = (logits.argmax(-1) == targets).sum()
+            correct_unmasked = torch.zeros_like(correct_masked)
+            for part in seen.split(UNMASKED_AT_ONCE):
+                correct_unmasked += (self.head(hidden[part]).argmax(-1) == labels[part]).sum()
         penalty = (output.conv_features.float().square().mean(-1) * valid).sum() / valid.sum()
-        return PretrainingLoss(loss_sum, mask.sum(), penalty, correct_masked, correct_unmasked, seen.sum())
+        return PretrainingLoss(loss_sum, mask.sum(), penalty, correct_masked, correct_unmasked, (valid & ~mask).sum())
+
+
+def _is_packed(speech: Tensor, labels: Tensor, num_samples: Tensor, total: int) -> bool:
+    """Whether ``speech`` is a packed row; one of a single utterance may have a frame in its slot's end beyond it."""
+    return len(num_samples) != len(speech) or len(speech) == 1 and labels.shape[1] != total
+
+
+def _masked_and_seen(mask: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the places of masked frames and of the other valid ones in ``(B * T,)``, both in order.
+
+    Their numbers shape everything behind, so the host must know them: the one time that it waits for a GPU.
+    """
+    seen = valid & ~mask
+    order = torch.where(mask, 0, torch.where(seen, 1, 2)).flatten().argsort(stable=True)
+    num_masked, num_seen = torch.stack([mask.sum(), seen.sum()]).tolist()
+    return order[:num_masked], order[num_masked : num_masked + num_seen]

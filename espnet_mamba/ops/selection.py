@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +84,9 @@ class Selector:
         """Compare with the reference the first time that a backend meets a device and a type."""
         key = (name, device.type, dtype)
         if key not in self.passed:
-            # Not in the caller's mode: gradients are wanted, autocast is not.
-            with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            # Not in the caller's mode: gradients are wanted, autocast and activation checkpointing are not.
+            plain = (torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False))
+            with plain[0], plain[1], plain[2], saved_tensors_hooks(torch.Tensor.detach, lambda saved: saved):
                 try:
                     error = self.error(name, device, dtype)
                 except Exception as failure:  # a kernel that does not even run on this machine

@@ -5,11 +5,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from espnet_mamba.data.errors import AudioError
 from espnet_mamba.layers.packing import pack_waveforms
 
 WINDOW, HOP = 400, 320  # samples of a front-end frame, and from frame to frame
@@ -37,7 +39,7 @@ class HubertCollate:
         """Collate utterances.
 
         Raises:
-            ValueError: an utterance whose labels do not fit its audio.
+            AudioError: an utterance whose labels do not fit its audio.
         """
         utt_ids = [utt_id for utt_id, _ in items]
         wavs = [np.asarray(data["speech"], dtype=np.float32) for _, data in items]
@@ -51,6 +53,11 @@ class HubertCollate:
         if self.train:
             return utt_ids, {"speech": torch.from_numpy(np.stack(wavs)), "labels": torch.from_numpy(np.stack(labels))}
         return utt_ids, _pad(wavs, labels)
+
+    def check(self, item: Item) -> None:
+        """Raise AudioError for an utterance whose labels do not fit its audio."""
+        utt_id, data = item
+        frame_targets(utt_id, len(data["speech"]), data["labels"], self.label_rate)
 
     def _crop(self, utt_id: str, wav: np.ndarray, target: np.ndarray, longest: int) -> tuple[np.ndarray, np.ndarray]:
         if self.packed and len(wav) <= longest:
@@ -66,16 +73,19 @@ def frame_targets(utt_id: str, num_samples: int, labels: np.ndarray, label_rate:
     """Return one label per front-end frame.
 
     Raises:
-        ValueError: the number of labels is not what ``num_samples`` and ``label_rate`` give.
+        AudioError: the number of labels is not what ``num_samples`` and ``label_rate`` give.
     """
-    step = 100 // label_rate  # label hops of 10 ms
-    expected = (num_samples - WINDOW) // (160 * step) + 1
-    if len(labels) != expected:
-        raise ValueError(
-            f"{utt_id}: {len(labels)} labels, but {num_samples} samples at {label_rate} labels per second "
-            f"have {expected}; the audio changed after labelling: rerun the targets stage"
-        )
-    return labels[:: 2 // step]
+    if len(labels) != num_labels(num_samples, label_rate):
+        expected = f"{num_samples} samples at {label_rate} labels per second have {num_labels(num_samples, label_rate)}"
+        why = "the audio changed after labelling"
+        value = f"{len(labels)} labels, but {expected}"
+        raise AudioError(utt_id, "labels", value, why, "rerun the targets stage")
+    return labels[:: label_rate // 50]
+
+
+def num_labels(num_samples: Any, label_rate: int) -> Any:
+    """Return how many labels a number of samples, or an array of them, has at 50 or 100 labels per second."""
+    return (num_samples - WINDOW) // (16000 // label_rate) + 1
 
 
 def _pack(wavs: list[np.ndarray], labels: list[np.ndarray]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import torch
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 from torch import Tensor
 
+from espnet_mamba.models.config import HubertConfig
 from espnet_mamba.models.pretraining import HubertForPretraining, PretrainingLoss
 
 
@@ -16,6 +17,11 @@ class ESPnetHubertModel(AbsESPnetModel):
         super().__init__()
         self.model = model
         self.feature_penalty_weight = feature_penalty_weight
+
+    @property
+    def config(self) -> HubertConfig:
+        """The encoder's."""
+        return self.model.hubert.config
 
     def sums(
         self,

@@ -42,6 +42,7 @@ class KeptRun:
         self.rank, self.world = distributed.dist_rank or 0, distributed.dist_world_size or 1
         self.step, self.best_loss, self.validated = 0, float("inf"), True
         self.epoch, self.used = 1, 0  # the epoch, and how many of its batches are behind all processes together
+        self.hours_seen = 0.0  # of audio, by all processes, up to the last log line; NaN: an older checkpoint has none
         self.batches_per_iter = 1  # taken by all processes together: 1 where they share each, else their number
         self.checkpoints = CheckpointFolder(self.output_dir, self.rank, self.distributed)
         self.guard = NonFiniteGuard(model, self.output_dir, options.max_nonfinite_steps, self.rank, self.distributed)
@@ -62,6 +63,7 @@ class KeptRun:
             restore(path, state, self.model, self.optimizer, self.scheduler)
             self.step, self.best_loss, self.validated = state["step"], state["best_loss"], state["validated"]
             self.epoch, self.used, self.guard.in_a_row = state["epoch"], state["used"], state["bad_steps"]
+            self.hours_seen = state.get("hours_seen", float("nan"))
             if self.rank == 0:  # it holds the sum over all ranks
                 self.meter.totals = state["totals"]
             logging.info(f"resumed from {path} at step {self.step}")
@@ -86,6 +88,7 @@ class KeptRun:
             return
         state = {"step": step, "best_loss": self.best_loss, "validated": self.validated, "totals": totals}
         state |= {"epoch": self.epoch, "used": self.used, "bad_steps": self.guard.in_a_row}
+        state |= {"hours_seen": self.hours_seen}
         state |= {"model": self.model.state_dict()}
         state |= {"optimizer": self.optimizer.state_dict()}
         state |= {"scheduler": self.scheduler.state_dict() if self.scheduler is not None else None}

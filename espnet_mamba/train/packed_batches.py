@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 from espnet2.samplers.build_batch_sampler import BATCH_TYPES
 
+from espnet_mamba.data.compact_table import read_lengths
+
 # On import, so that ESPnet's own --batch_type takes the name.
 BATCH_TYPES["packed"] = "Rows of several utterances one after the other, up to batch_bins samples, without padding."
 
@@ -23,17 +25,17 @@ def packed_batches(shape_file: str | Path, batch_bins: int, min_batch_size: int,
     Raises:
         ValueError: fewer utterances than a batch needs.
     """
-    lines = [line.split() for line in Path(shape_file).read_text(encoding="utf-8").splitlines()]
-    if len(lines) < min_batch_size:
-        raise ValueError(f"{shape_file}: {len(lines)} utterances, a batch needs {min_batch_size}")
+    ids, lengths = read_lengths(shape_file)
+    if len(ids) < min_batch_size:
+        raise ValueError(f"{shape_file}: {len(ids)} utterances, a batch needs {min_batch_size}")
     batches: list[list[str]] = [[]]
     room = batch_bins
-    for index in np.random.default_rng(seed).permutation(len(lines)):
-        utt_id, samples = lines[index][0], int(lines[index][1].split(",")[0])
+    order = np.random.default_rng(seed).permutation(len(ids))
+    for utt_id, samples in zip(ids[order].tolist(), lengths[order].tolist(), strict=True):
         if samples > room and len(batches[-1]) >= min_batch_size:
             batches.append([])
             room = batch_bins
-        batches[-1].append(utt_id)
+        batches[-1].append(utt_id.decode())
         room -= samples
     if len(batches[-1]) < min_batch_size:  # the rest is too little for a batch of its own
         batches[-2].extend(batches.pop())

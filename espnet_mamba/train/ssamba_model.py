@@ -11,6 +11,7 @@ import torch
 from espnet2.train.abs_espnet_model import AbsESPnetModel
 from torch import Tensor
 
+from espnet_mamba.models.ssamba.config import SsambaConfig
 from espnet_mamba.models.ssamba.features import HOP, WINDOW
 from espnet_mamba.models.ssamba.pretraining import SsambaForPretraining, SsambaLoss
 from espnet_mamba.train.collate import Item
@@ -22,6 +23,11 @@ class ESPnetSsambaModel(AbsESPnetModel):
     def __init__(self, model: SsambaForPretraining) -> None:
         super().__init__()
         self.model = model
+
+    @property
+    def config(self) -> SsambaConfig:
+        """The encoder's."""
+        return self.model.encoder.config
 
     @property
     def feature_penalty_weight(self) -> float:

@@ -11,6 +11,7 @@ from espnet2.utils.nested_dict_action import NestedDictAction
 
 from espnet_mamba.models.ssamba.config import SsambaConfig, config_from_dict, config_to_dict, load_config
 from espnet_mamba.models.ssamba.pretraining import SsambaForPretraining
+from espnet_mamba.train.batches import add_arguments as add_batch_arguments
 from espnet_mamba.train.ssamba_model import ESPnetSsambaModel, SsambaCollate
 from espnet_mamba.train.ssamba_trainer import SsambaTrainer
 from espnet_mamba.train.task import HubertTask
@@ -28,6 +29,7 @@ class SsambaTask(HubertTask):
         group.add_argument("--model", required=False, help="a model's YAML, e.g. conf/ssamba/ssamba_mini.yaml")
         group.add_argument("--model_conf", action=NestedDictAction, default={}, help="fields that override the YAML's")
         group.add_argument("--max_crop_samples", type=int, default=164_080, help="longest training crop (10.24 s)")
+        add_batch_arguments(group)
 
     @classmethod
     def check_required_command_args(cls, args: argparse.Namespace) -> None:

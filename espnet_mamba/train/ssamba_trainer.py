@@ -84,7 +84,7 @@ class _NamedLog:
 
     def __init__(self, log: StepLog) -> None:
         self.log = log
-        self.close = log.close
+        self.start, self.close = log.start, log.close
 
     def write(self, split: str, step: int, row: dict[str, float]) -> None:
         """Write one row of means for ``split``; nothing is predicted at seen patches, so no accuracy there."""

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from espnet2.samplers.build_batch_sampler import build_batch_sampler
-from espnet2.tasks.abs_task import AbsTask, IteratorOptions, scheduler_classes
+from espnet2.tasks.abs_task import AbsTask, IteratorOptions, optim_classes, scheduler_classes
 from espnet2.train.dataset import DATA_TYPES
 from espnet2.utils.nested_dict_action import NestedDictAction
 
+from espnet_mamba.data.audio_list import SOUND_HELP, AudioList
+from espnet_mamba.data.compact_table import read_lengths
+from espnet_mamba.data.manifest import changed_audio
 from espnet_mamba.models.config import HubertConfig, config_from_dict, config_to_dict, load_config
 from espnet_mamba.models.pretraining import HubertForPretraining
 from espnet_mamba.targets.labels import FrameLabels
-from espnet_mamba.train.collate import HubertCollate, frame_targets
+from espnet_mamba.train.batches import add_arguments as add_batch_arguments
+from espnet_mamba.train.batches import build_batches
+from espnet_mamba.train.collate import HubertCollate, num_labels
 from espnet_mamba.train.espnet_model import ESPnetHubertModel
 from espnet_mamba.train.iterators import StepIterFactory
-from espnet_mamba.train.packed_batches import packed_batches
+from espnet_mamba.train.optimizers import build_optimizer
 from espnet_mamba.train.schedules import PolynomialWarmup
 from espnet_mamba.train.signals import passed_on_to_children
 from espnet_mamba.train.trainer import StepTrainer
+from espnet_mamba.train.unreadable import Unreadable
 
 # On import, so that a spawned worker, which imports this module for the Task it is handed, has them too.
 DATA_TYPES["frame_labels"] = {"func": FrameLabels, "kwargs": [], "help": "labels of espnet_mamba's targets stages"}
+DATA_TYPES["sound"] = {"func": AudioList, "kwargs": [], "help": SOUND_HELP}
 scheduler_classes["polynomial_warmup"] = PolynomialWarmup
 
 
@@ -61,6 +69,7 @@ class HubertTask(AbsTask):
         group.add_argument("--mask_length", type=int, default=10, help="frames of a span")
         group.add_argument("--feature_penalty_weight", type=float, default=10.0, help="of the mean squared features")
         group.add_argument("--max_crop_samples", type=int, default=250_000, help="longest training crop (15.6 s)")
+        add_batch_arguments(group)
 
     @classmethod
     def check_required_command_args(cls, args: argparse.Namespace) -> None:
@@ -74,6 +83,10 @@ class HubertTask(AbsTask):
         given = [f"--{name}" for name in UNREAD if getattr(args, name) != parser.get_default(name)]
         if given:
             raise ValueError(f"{' '.join(given)}: not read in pretraining; a run's length is --max_steps updates")
+        if args.train_dtype != "float32":  # A_log, D, step sizes, moments
+            raise ValueError(
+                f"--train_dtype {args.train_dtype}: weights stay in float32; give --use_amp true for speed"
+            )
 
     @classmethod
     def build_collate_fn(cls, args: argparse.Namespace, train: bool) -> Callable[..., Any]:
@@ -111,6 +124,20 @@ class HubertTask(AbsTask):
         return ESPnetHubertModel(model, args.feature_penalty_weight)
 
     @classmethod
+    def build_optimizers(cls, args: argparse.Namespace, model: torch.nn.Module) -> list[torch.optim.Optimizer]:
+        """Build ``--optim``, fused where it can be, with weight decay where it belongs (``train/optimizers.py``).
+
+        Raises:
+            ValueError: an unknown ``--optim``.
+        """
+        if args.optim not in optim_classes:
+            raise ValueError(f"--optim {args.optim}: not one of: {' '.join(optim_classes)}")
+        decayed = args.exclude_weight_decay_conf
+        return [
+            build_optimizer(model, optim_classes[args.optim], args.optim_conf, args.exclude_weight_decay, **decayed)
+        ]
+
+    @classmethod
     def check_data(cls, args: argparse.Namespace, iter_options: IteratorOptions) -> None:
         """Check a set before the first step: its labels fit its audio.
 
@@ -123,36 +150,28 @@ class HubertTask(AbsTask):
     def build_sequence_iter_factory(
         cls, args: argparse.Namespace, iter_options: IteratorOptions, mode: str
     ) -> StepIterFactory:
-        """Cut the corpus into batches by ESPnet's sampler, and number them."""
-        distributed = iter_options.distributed
-        world = torch.distributed.get_world_size() if distributed else 1
-        rank = torch.distributed.get_rank() if distributed else 0
-        if iter_options.batch_type == "packed":
-            batches = packed_batches(iter_options.shape_files[0], iter_options.batch_bins, world, args.seed)
-        else:
-            batches = list(
-                build_batch_sampler(
-                    type=iter_options.batch_type,
-                    shape_files=iter_options.shape_files,
-                    fold_lengths=args.fold_length,
-                    batch_size=iter_options.batch_size,
-                    batch_bins=iter_options.batch_bins,
-                    sort_in_batch=args.sort_in_batch,
-                    sort_batch=args.sort_batch,
-                    min_batch_size=world,
-                )
-            )
-        dataset = cls.build_dataset(args, iter_options)
+        """Cut the corpus into batches, and number them."""
+        rank, world = 0, 1
+        if iter_options.distributed:
+            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        row, turns = build_batches(args, iter_options, rank, world)
         cls.check_data(args, iter_options)
+        dataset = cls.build_dataset(args, iter_options)
+        recordings = dataset.loader_dict["speech"]
+        looked_at = rank == 0 and isinstance(recordings, AudioList)
+        if looked_at and (changed := changed_audio(recordings.folder, recordings.locations)):
+            logging.warning(changed)  # not an error: what cannot be read is left out
         return StepIterFactory(
             dataset,
-            [batch[rank::world] for batch in batches],
+            row,
             iter_options.collate_fn,
-            args.seed,
-            shuffle=iter_options.train,
+            train=iter_options.train,
             num_iters_per_epoch=iter_options.num_iters_per_epoch,
             num_workers=args.num_workers,
             pin_memory=args.ngpu > 0,
+            turns=turns,
+            unreadable=Unreadable(Path(args.output_dir), len(recordings), args.max_unreadable),
+            set_name=mode,
         )
 
 
@@ -176,14 +195,26 @@ def check_labels(iter_options: IteratorOptions, label_rate: int) -> None:
         ValueError: names the utterances whose labels are missing or do not fit.
     """
     paths = {name: path for path, name, _ in iter_options.data_path_and_name_and_type}
-    labels = FrameLabels(paths["labels"])
-    problems = []
-    for line in Path(iter_options.shape_files[0]).read_text(encoding="utf-8").splitlines():
-        utt_id, num_samples = line.split()
-        try:
-            frame_targets(utt_id, int(num_samples), labels[utt_id], label_rate)
-        except (ValueError, KeyError) as error:
-            problems.append(str(error.args[0]))
-    if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise ValueError(f"{paths['labels']}: " + "; ".join(problems[:5]) + more)
+    ids, num_samples = read_lengths(iter_options.shape_files[0])
+    found, expected = _label_counts(FrameLabels(paths["labels"]), ids), num_labels(num_samples, label_rate)
+    odd = np.flatnonzero(found != expected)
+    if len(odd):
+        named = "; ".join(_label_problem(ids[i].decode(), num_samples[i], found[i], label_rate) for i in odd[:5])
+        more = f" (and {len(odd) - 5} more)" if len(odd) > 5 else ""
+        raise ValueError(f"{paths['labels']}: {named}{more}; rerun the targets stage")
+
+
+def _label_counts(labels: FrameLabels, ids: np.ndarray) -> np.ndarray:
+    """Return the number of labels (N,) of utterances (N,) given as bytes, -1 where there are none."""
+    if not len(labels):
+        return np.full(len(ids), -1)
+    names = np.array([utt_id.encode() for utt_id in labels], "S")
+    place = np.minimum(np.searchsorted(names, ids), len(names) - 1)
+    return np.where(names[place] == ids, labels.counts()[place], -1)
+
+
+def _label_problem(utt_id: str, num_samples: int, found: int, label_rate: int) -> str:
+    if found < 0:
+        return f"{utt_id}: no labels"
+    expected = num_labels(num_samples, label_rate)
+    return f"{utt_id}: {found} labels, but {num_samples} samples at {label_rate} labels per second have {expected}"

@@ -9,24 +9,30 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
-from espnet2.torch_utils.device_funcs import to_device
 from espnet2.train.distributed_utils import DistributedOption
 from espnet2.train.trainer import Trainer, TrainerOptions
 from espnet2.utils.build_dataclass import build_dataclass
+from espnet2.utils.types import float_or_none, str2bool
 from torch import Tensor
 
 from espnet_mamba.models.checkpoints import save_checkpoint
+from espnet_mamba.train.device_batches import num_samples_of, to_device
 from espnet_mamba.train.espnet_model import ESPnetHubertModel
 from espnet_mamba.train.kept_run import BEST, KeptRun
 from espnet_mamba.train.meters import LossMeter
+from espnet_mamba.train.mfu import peak_flops, step_flops
+from espnet_mamba.train.module_options import apply_module_options
 from espnet_mamba.train.signals import RunInterrupted
+from espnet_mamba.train.worst_batches import try_worst_batches
 
 
 @dataclasses.dataclass
@@ -37,13 +43,21 @@ class StepTrainerOptions(TrainerOptions):
     save_interval_steps: int
     keep_interval_steps: int
     max_nonfinite_steps: int
+    activation_checkpointing: bool
+    compile: bool
+    worst_batches_first: bool | None
+    peak_tflops: float | None
+    batch_type: str
+    batch_bins: int
+    max_crop_samples: int
+    train_shape_file: Sequence[str]
 
 
 class TrainingRun(KeptRun):
     """One training run: the model and all that changes with it.
 
-    Another objective's model has ``model``, ``sums``, ``loss`` and ``feature_penalty_weight`` like HuBERT's, and a run
-    class that says how its encoder is saved.
+    Another objective's model has ``model``, ``config``, ``sums``, ``loss`` and ``feature_penalty_weight`` like
+    HuBERT's, and a run class that says how its encoder is saved.
     """
 
     def __init__(
@@ -56,6 +70,7 @@ class TrainingRun(KeptRun):
     ) -> None:
         super().__init__(model, optimizer, scheduler, options, distributed)
         self.sums = model.sums
+        self.peak = peak_flops(self.device, options.use_amp, options.peak_tflops)
         if self.distributed:
             # DDP synchronises gradients for calls through itself only, so it wraps the part that is called
             self.sums = torch.nn.parallel.DistributedDataParallel(model.model, find_unused_parameters=True)
@@ -66,22 +81,36 @@ class TrainingRun(KeptRun):
         while step < last:
             started = time.perf_counter()
             parts = [next(batches) for _ in range(self.options.accum_grad)]
+            waited = time.perf_counter() - started
             step += 1
             self._begin_step()
             grad_norm = self._update(step, [batch for _, batch in parts])
-            if torch.isfinite(grad_norm):
+            if math.isfinite(grad_norm):
                 self.guard.good_step()
             else:
                 self._count_bad_step(step, parts)
+            self.meter.waited += waited
             self.meter.seconds += time.perf_counter() - started
             if step % interval == 0 or step == last:
-                row = self.meter.row(self.distributed, self.device, self.model.feature_penalty_weight)
-                row |= {"grad_norm": float(grad_norm), "learning_rate": self.optimizer.param_groups[0]["lr"]}
-                self.log.write("train", step, row)
-                self.meter = LossMeter()
+                self._log_line(step, grad_norm)
             self._end_step(step, last)
 
-    def _update(self, step: int, batches: list[dict[str, Tensor]]) -> Tensor:
+    def _log_line(self, step: int, grad_norm: float) -> None:
+        """Write the means since the last line, and begin anew."""
+        row = self.meter.row(self.distributed, self.device, self.model.feature_penalty_weight, self.peak)
+        self.hours_seen += row.pop("hours")
+        row |= {"grad_norm": grad_norm, "learning_rate": self.optimizer.param_groups[0]["lr"]}
+        if not math.isnan(self.hours_seen):
+            row["hours_seen"] = self.hours_seen
+        self.log.write("train", step, row)
+        self.meter = LossMeter()
+
+    def _update(self, step: int, batches: list[dict[str, Tensor]]) -> float:
+        """Make one update unless its gradient is not finite; return the gradient's norm before clipping.
+
+        To read that norm is one wait for the device per update. Another is inside each batch's forward pass
+        (``models.pretraining``); there are no others, whatever the number of utterances.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         masked = torch.zeros((), device=self.device)
         for part, batch in enumerate(batches):
@@ -91,12 +120,14 @@ class TrainingRun(KeptRun):
                 sums = self.sums(**batch)
             (self.model.loss(sums) * sums.num_masked).backward()
             masked += sums.num_masked
-            self.meter.add(sums, batch["speech"].numel())
+            lengths = num_samples_of(batch)
+            self.meter.add(sums, batch["speech"].numel(), step_flops(self.model.config, lengths) if self.peak else 0.0)
         self._divide_gradients(masked)
-        grad_norm = torch.nn.utils.clip_grad_norm_(
+        norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.options.grad_clip, self.options.grad_clip_type
         )
-        if torch.isfinite(grad_norm):
+        grad_norm = float(norm)
+        if math.isfinite(grad_norm):
             self.optimizer.step()
         if self.scheduler is not None:
             self.scheduler.step()
@@ -163,6 +194,25 @@ class StepTrainer(Trainer):
             default=10,
             help="steps in a row with a gradient not finite to stop at",
         )
+        parser.add_argument(
+            "--activation_checkpointing",
+            type=str2bool,
+            default=False,
+            help="compute each block's activations twice instead of keeping them: less memory, more time",
+        )
+        parser.add_argument(
+            "--compile", type=str2bool, default=False, help="torch.compile the front end and the blocks, not scans"
+        )
+        parser.add_argument(
+            "--worst_batches_first",
+            type=str2bool,
+            default=None,
+            help="before a run's first step, try the largest batches and print their memory; default: on GPUs only",
+        )
+        parser.add_argument(
+            "--peak_tflops", type=float_or_none, default=None, help="of one device, for MFU; default: of listed GPUs"
+        )
+        parser.set_defaults(exclude_weight_decay=True)  # of A_log, D, norms, biases: see train/optimizers.py
 
     @classmethod
     def build_options(cls, args: argparse.Namespace) -> StepTrainerOptions:
@@ -185,8 +235,9 @@ class StepTrainer(Trainer):
 
         SIGTERM or SIGUSR1 ends it after the step under way, saved, without an error and without the model ``last``.
         """
+        apply_module_options(model.model, trainer_options.activation_checkpointing, trainer_options.compile)
         run = cls.run_class(model, optimizers[0], schedulers[0], trainer_options, distributed_option)
-        with run.stop.listening():
+        with closing(train_iter_factory), closing(valid_iter_factory), run.stop.listening():
             try:
                 cls._run_steps(run, train_iter_factory, valid_iter_factory)
             except RunInterrupted as reason:
@@ -199,11 +250,15 @@ class StepTrainer(Trainer):
         options, iterations = run.options, train_iter_factory.iters_per_epoch
         run.batches_per_iter = getattr(train_iter_factory, "batches_per_iter", 1)
         step = run.resume()
+        run.log.start(step, run.validated)
         run.keep_model(step)  # again where a kill came between checkpoint and model
         if iterations < options.accum_grad:
             raise ValueError(f"an epoch has {iterations} batches, fewer than one update takes: lower --accum_grad")
         if step >= options.max_steps:
             logging.info(f"training has already reached step {step} of {options.max_steps}")
+        wanted = options.ngpu > 0 if options.worst_batches_first is None else options.worst_batches_first
+        if wanted and step == 0 < options.max_steps:
+            try_worst_batches(run, train_iter_factory)
         while step < options.max_steps or not run.validated:
             if run.validated:
                 done = run.used // run.batches_per_iter  # another number of processes may have used them
