@@ -43,8 +43,8 @@ def test_a_config_is_what_the_papers_say(name, root, tmp_path):
 
     seconds, updates, rate, gpus, samples = CONFIGS[name[:-4]][int(name[-1]) - 1]
     args = parsed(root, name, tmp_path)
-    # a batch is cut over all processes (HubertTask.build_sequence_iter_factory), so their number does not come in
-    assert args.batch_bins * args.accum_grad / 16000 == seconds and args.batch_bins / gpus == samples
+    assert args.batch_type == "bucket" and args.batch_bins == samples  # of each process
+    assert gpus * args.batch_bins * args.accum_grad / 16000 == seconds
     text = (root / f"conf/pretrain/{name}.yaml").read_text()
     assert f"Assumes {gpus} GPU" in text and f"{seconds:g} s per update" in text
     assert (args.max_steps, args.grad_clip, args.max_crop_samples) == (updates, 10, 250_000)

@@ -60,7 +60,18 @@ def training_section(results: Results, out_dir: Path) -> Section:
     for folder in results.paths.pretrain:
         if folder.name not in results.training:
             blocks.append(Missing(f"{folder}/train_log.jsonl", stages))
+        blocks += left_out(folder)
     return Section("Pretraining curves", blocks or [Missing("training logs", stages)])
+
+
+def left_out(folder: Path) -> list[Block]:
+    """Return the recordings that training in ``folder`` could not read, by name."""
+    path = folder / "unreadable.tsv"  # train/unreadable.py writes it
+    if not path.is_file():
+        return []
+    header, *rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    text = f"{folder.name}: {len(rows)} recordings could not be read while training, and were left out."
+    return [Text(text), Table(header, rows, left=tuple(range(len(header))))]
 
 
 def _training_row(name: str, split: str, rows: list[dict[str, Any]]) -> list[str]:

@@ -35,6 +35,7 @@ expdir=exp             # Experiments.
 # Data (stages 1, 2)
 minutes=25             # Minutes of speech to make, where the recipe makes its own.
 bad_audio=refuse       # refuse: list every bad file and stop; skip: leave them out and list them.
+shard_dir=             # Folder for the checked audio in tar shards, which NFS and Lustre like; by default files stay files.
 data_args=             # More options for local/data.sh, such as "--alignments_dir DIR".
 
 # Targets and pretraining (stages 3 to 7)
@@ -43,6 +44,7 @@ num_clusters1=100      # Classes of iteration 1 (MFCC).
 num_clusters2=500      # Classes of iteration 2.
 target_layer=6         # Layer of iteration 1 that iteration 2's classes come from.
 kmeans_frames=500000   # Frames that k-means is fitted on.
+targets_nj=1           # Jobs of stages 3 and 5: processes here, or a Slurm array. Never changes a result.
 pretrain1_config=tiny_it1  # A file of conf/pretrain.
 pretrain2_config=      # A file of conf/pretrain; by default tiny_it2, or ssamba_tiny for an SSAMBA model.
 pretrain_args=         # More options for both, such as "--max_steps 20".
@@ -197,7 +199,6 @@ run_by() { # run_by "LAUNCHER" NAME COMMAND...: the stage NAME is COMMAND, run b
         ${launcher:+--launcher "${launcher} --num_threads ${nj} --max_jobs ${max_jobs} ${job_args}"} -- "$@"
 }
 run() { run_by "${train_cmd}" "$@"; }                          # a job of one process
-run_on_gpu() { run_by "${cuda_cmd:+${cuda_cmd} --gpu $((ngpu > 0))}" "$@"; } # the same, on one GPU if there are any
 processes() { if [ "${ngpu}" -gt 0 ]; then echo "${ngpu}"; else echo "${nproc}"; fi; }
 run_training() { # processes on machines, each with its GPU
     run_by "${cuda_cmd:+${cuda_cmd} --gpu ${ngpu} --num_nodes ${num_nodes} --tasks_per_node $(processes)}" "$@"
@@ -250,20 +251,35 @@ stage_data() {
 }
 stage_check() {
     run check "${python}" -m espnet_mamba.bin.check_data --data_dir "${datadir}" --dump_dir "${dumpdir}/raw" \
-        --sets train dev test --bad_audio "${bad_audio}" --nj "${nj}"
+        --sets train dev test --bad_audio "${bad_audio}" --nj "${nj}" \
+        ${shard_dir:+--shard_dir "${shard_dir}"}
+}
+targets() { # targets STAGE LAUNCHER OPTION...: labels by one job, or by targets_nj jobs that share the corpus
+    local name=$1 launcher=$2 threads=${nj} at_a_time=${max_jobs}
+    shift 2
+    set -- "${python}" -m espnet_mamba.bin.make_targets --dump_dir "${dumpdir}/raw" --max_frames "${kmeans_frames}" \
+        --seed "${seed}" "$@"
+    if [ "${targets_nj}" -eq 1 ]; then
+        run_by "${launcher}" "${name}" "$@" --num_threads "${nj}"
+        return
+    fi
+    if [ -z "${launcher}" ]; then # processes of one thread each, as many at a time as there are cores or GPUs
+        launcher="${python} -m espnet_mamba.bin.run_job --backend local" threads=1
+        if [ "${max_jobs}" -eq 0 ] && [[ " $* " == *" --device cuda "* ]]; then at_a_time=${ngpu}; fi
+    fi
+    run_by "" "${name}" "$@" --num_threads "${threads}" --nj "${targets_nj}" \
+        --launcher "${launcher} --num_threads ${threads} --max_jobs ${at_a_time} ${job_args}"
 }
 stage_targets1() {
-    run targets1 "${python}" -m espnet_mamba.bin.make_targets --dump_dir "${dumpdir}/raw" --out_dir "${targets1}" \
-        --features mfcc100 --num_clusters "${num_clusters1}" --max_frames "${kmeans_frames}" --seed "${seed}" \
-        --num_shards "${nj}"
+    targets targets1 "${train_cmd}" --out_dir "${targets1}" --features mfcc100 --num_clusters "${num_clusters1}"
 }
 stage_pretrain1() {
     pretrain pretrain1 "${pretrain1_config}" "${targets1}" "${pretrain1}" 100 "${num_clusters1}"
 }
-stage_targets2() {
-    run_on_gpu targets2 "${python}" -m espnet_mamba.bin.make_targets --dump_dir "${dumpdir}/raw" --out_dir "${targets2}" \
+stage_targets2() { # on one GPU a job, if there are any
+    targets targets2 "${cuda_cmd:+${cuda_cmd} --gpu $((ngpu > 0))}" --out_dir "${targets2}" \
         --features "${pretrain1}/valid.loss.best" --layer "${target_layer}" --num_clusters "${num_clusters2}" \
-        --max_frames "${kmeans_frames}" --seed "${seed}" --num_shards "${nj}" --device "$(device)"
+        --device "$(device)"
 }
 stage_pretrain2() {
     if [ "${kind}" = ssamba ]; then
