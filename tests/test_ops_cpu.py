@@ -21,7 +21,6 @@ from espnet_mamba.ops.selective_scan.reference import scan_reference
 TOLERANCE = 5e-6  # of the largest magnitude of each tensor; sums over thousands of frames come closest
 FIELDS = Direction._fields[:-1]
 BOTH, BACK = (False, True), (True,)
-
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason=f"no kernels: {compiled.unavailable_reason()}")
 
 
