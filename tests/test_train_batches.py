@@ -106,13 +106,26 @@ class Corpus:
         return utt_id, {"speech": 10_000.0 * number + np.arange(samples), "labels": labels}
 
 
+FACTORIES = []  # of the test that runs
+
+
+@pytest.fixture(autouse=True)
+def _end_workers():
+    """Workers live as long as their factory: a later test's forks must not take them for children of theirs."""
+    yield
+    while FACTORIES:
+        FACTORIES.pop().close()
+
+
 def factory(corpus, workers=0, turns=(0, 1), train=True, unreadable=None, iterations=None, packed=False):
     from espnet_mamba.train.iterators import StepIterFactory
 
     row = bucket(corpus.lengths, 20_000, jitter=0.01 if train else 0.0)
     collate = HubertCollate(50, 0, train, packed=packed)
     options = {"turns": turns, "unreadable": unreadable, "set_name": "train"}
-    return StepIterFactory(corpus, row, collate, train, iterations, workers, False, **options)
+    made = StepIterFactory(corpus, row, collate, train, iterations, workers, False, **options)
+    FACTORIES.append(made)
+    return made
 
 
 def ids_of(batches):

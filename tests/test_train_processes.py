@@ -155,14 +155,14 @@ def test_two_processes_compute_blocks_twice_and_try_their_largest_batches_first(
     options = ("--log_interval", 1, "--max_steps", 5, "--peak_tflops", 1)
     tried = ("--activation_checkpointing", "true", "--worst_batches_first", "true")
     found = {}
-    for name, extra in (("as it is", ()), ("twice", tried)):
+    for name, extra in (("as it is", ()), ("recomputed", tried)):
         assert [wait(pid) for pid in start_two(hubert, name, *options, *extra)] == [0, 0], log_of(hubert, name)[-2000:]
         lines = (hubert.work / name / "train_log.jsonl").read_text().splitlines()
         found[name] = [row for row in map(json.loads, lines) if row["split"] == "train"]
     keys = ("step", "loss", "grad_norm", "accuracy_masked", "accuracy_unmasked", "hours_seen")
     one, other = ([[row[key] for key in keys] for row in rows] for rows in found.values())
-    assert one == other and all(row["mfu"] > 0 for row in found["twice"])
-    assert "worst batches first" in log_of(hubert, "twice")
-    assert "activation checkpointing: 3 blocks" in log_of(hubert, "twice")
-    row = found["twice"][0]
+    assert one == other and all(row["mfu"] > 0 for row in found["recomputed"])
+    assert "worst batches first" in log_of(hubert, "recomputed")
+    assert "activation checkpointing: 3 blocks" in log_of(hubert, "recomputed")
+    row = found["recomputed"][0]
     assert row["audio_rate"] * row["seconds"] == pytest.approx(3600 * row["hours_seen"]), "of both, in one's time"
