@@ -12,16 +12,13 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from espnet_mamba.analysis.curves import CURVES
 from espnet_mamba.analysis.styles import GREY, styles_of
 from espnet_mamba.analysis.table import LayerValue
 from espnet_mamba.data.files import atomic_path
 from espnet_mamba.figures import save_figure
 
 _SYSTEM = re.compile(r"(?P<run>.+)@(?P<step>\d+)")
-_CURVES = (
-    ("loss_masked", 1.0, "loss per masked frame (nats)"),
-    ("accuracy_masked", 100.0, "accuracy at masked frames (%)"),
-)
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def plot_course(
         layout="constrained",
         squeeze=False,
     )
-    for panel, (key, scale, label) in zip(panels[0], _CURVES, strict=False):
+    for panel, (key, scale, label) in zip(panels[0], CURVES, strict=False):
         for run, rows in logs.items():
             points = [(row["step"], scale * row[key]) for row in rows if row.get("split") == "valid" and key in row]
             if points:

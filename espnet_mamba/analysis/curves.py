@@ -14,7 +14,7 @@ from espnet_mamba.data.files import atomic_path
 from espnet_mamba.figures import save_figure
 
 _MAX_POINTS = 1000
-_CURVES = (
+CURVES = (
     ("loss_masked", 1.0, "loss per masked frame (nats)"),
     ("accuracy_masked", 100.0, "accuracy at masked frames (%)"),
 )
@@ -28,7 +28,7 @@ def plot_training(logs: Mapping[str, Sequence[Mapping[str, Any]]], stem: str | P
     styles = styles_of(list(logs))
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.4 + 0.2 * len(logs)), layout="constrained")
     drawn: list[tuple[str, str, str, float, float]] = []
-    for panel, (key, scale, label) in zip(panels, _CURVES, strict=True):
+    for panel, (key, scale, label) in zip(panels, CURVES, strict=True):
         for name, rows in logs.items():
             style = styles[name]
             for split, look in (
