@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported: several commands fork, and a child of a process whose OpenMP threads have run must not use
@@ -11,6 +12,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from slurm_cluster import Cluster
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,3 +33,14 @@ def so762() -> Path:
     if not folder.is_dir():
         pytest.skip("recorded speech (../shared/data/so762_mini) is not on this machine")
     return folder
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A Slurm of two nodes, for one file of tests; the file says when none can be had."""
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()

@@ -226,5 +226,7 @@ def test_a_peer_that_cannot_run_says_why(capsys):
 def test_the_table_says_where_a_model_ends_and_what_the_paper_shows():
     cell = Cell("tiny", "eval", "one", 1, 10.0)
     row = {"model": "tiny", "mode": "eval", "batch": "one", "audio_seconds": 5.0, "rtf": 0.125, "num_parameters": 10**6}
-    text = markdown([entry_of_config(TINY)], [row], [LeftOut(cell, "memory", 9.0, 5.0, "why")], "rtf", "RTF")
-    assert text.splitlines()[-1] == "| `tiny` | 1.00 | 0.125 | mem | flat to 320 s |"
+    own = entry_of_config(TINY)
+    for entry, paper in ((own, "flat to 320 s"), (replace(own, is_peer=True), "–")):
+        text = markdown([entry], [row], [LeftOut(cell, "memory", 9.0, 5.0, "why")], "rtf", "RTF")
+        assert text.splitlines()[-1] == f"| `tiny` | 1.00 | 0.125 | mem | {paper} |"

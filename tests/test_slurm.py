@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from slurm_cluster import Cluster, unavailable
+from slurm_cluster import unavailable
 from test_train import arguments, corpus, losses  # noqa: F401 (corpus is a fixture)
 
 from espnet_mamba.recipe.jobs import Resources, parse_jobs
@@ -20,16 +20,6 @@ from espnet_mamba.recipe.slurm_script import batch_script, rc_path
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_slurm = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "there is one")
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.stop()
 
 
 def environment(cluster=None):

@@ -7,23 +7,13 @@ import sys
 
 import numpy as np
 import pytest
-from slurm_cluster import Cluster, unavailable
+from slurm_cluster import unavailable
 from test_targets_shards import LAUNCHER, dump, run_fake  # noqa: F401 (dump is a fixture)
 
 from espnet_mamba.recipe.sharded import StepFailedError
 from espnet_mamba.targets.pipeline import TargetOptions, make_targets
 
 needs_slurm = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "there is one")
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
-    try:
-        cluster.start()
-        yield cluster
-    finally:
-        cluster.stop()
 
 
 @pytest.mark.parametrize("backend", ["local", pytest.param("slurm", marks=needs_slurm)])

@@ -1,12 +1,15 @@
 """Training on checked recordings: from files and from shards, with a bad file among them, after the audio changed."""
 
 import json
+import multiprocessing
 import os
+import time
 
 import numpy as np
 import pytest
 import soundfile
 import yaml
+from kills import fork, wait
 
 from espnet_mamba.data.check import check_sets
 from espnet_mamba.data.pack import pack_set
@@ -102,6 +105,46 @@ def test_one_bad_file_in_a_hundred(corpus, root, caplog):
     text, table = left_out(corpus / "bad")
     assert text.text.startswith("bad: 1 recordings could not be read") and table.rows[0][1] == "train50"
     assert left_out(corpus) == []
+
+
+def test_what_the_targets_left_out_is_left_out_of_training(corpus, root, caplog):
+    """A file went bad between stages 2 and 3; labels that are missing for any other reason still end the run."""
+    from espnet_mamba.targets.labels import FrameLabels, write_labels
+
+    labels = dict(FrameLabels(corpus / "train.npy"))
+    del labels["train50"]
+    write_labels(corpus / "train.npy", labels)
+    with pytest.raises(ValueError, match="train50: no labels; rerun the targets stage"):
+        train(corpus, root, "refused")
+    why = "train50.flac: its header says 5000 samples"
+    (corpus / "quality.json").write_text(json.dumps({"left_out": {"train": {"train50": why}}}))
+    rows = train(corpus, root, "without", "--num_workers", 1, "--batch_bins", 80_000)  # more than a pass
+    assert [row[1] for row in rows if row[0] == "train"] == list(range(1, 13))
+    assert caplog.text.count("train50 is left out") == 1 and why in caplog.text
+    _, row = (corpus / "without/unreadable.tsv").read_text().splitlines()
+    assert row.startswith(f"train\ttrain50\tno_labels\t{corpus}/train.npy\t{why}\t")
+
+
+def test_a_reader_killed_in_the_midst_of_a_step_is_said_with_the_remedy(corpus, root, tmp_path):
+    """In a process of its own: see test_train_batches."""
+
+    def run():
+        from espnet_mamba.train.trainer import TrainingRun
+
+        def kill_reader(self, *_):
+            multiprocessing.active_children()[0].kill()
+            time.sleep(60)  # PyTorch ends this by an exception
+
+        TrainingRun._update = kill_reader
+        try:
+            train(corpus, root, "killed", "--num_workers", 1)
+        except RuntimeError as error:
+            (tmp_path / "said").write_text(str(error))
+        os._exit(0)
+
+    assert wait(fork(run, tmp_path / "log")) == 0, (tmp_path / "log").read_text()
+    said = (tmp_path / "said").read_text()
+    assert "is killed by signal" in said and "if memory ran out, lower --num_workers or --batch_bins" in said, said
 
 
 def test_a_copied_corpus_is_not_called_changed(corpus, root, caplog):

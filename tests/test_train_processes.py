@@ -133,6 +133,14 @@ def test_two_processes_are_one_with_twice_the_batch_even_halfway(hubert):
     assert_same_lines(train_rows(hubert, "halfway"), expected)
 
 
+def test_buckets_taken_in_turns_by_two_processes_are_those_of_one(hubert):
+    bucket = ("--log_interval", 1, "--batch_type", "bucket", "--batch_bins", 30_000)
+    assert wait(start(hubert, "bucket1", *bucket, "--accum_grad", 2, "--num_iters_per_epoch", 8)) == 0
+    pids = start_two(hubert, "bucket2", *bucket, "--accum_grad", 1, "--num_iters_per_epoch", 4)
+    assert [wait(pid) for pid in pids] == [0, 0], log_of(hubert, "bucket2")
+    assert_same_lines(train_rows(hubert, "bucket2"), train_rows(hubert, "bucket1"))
+
+
 def test_an_infinity_in_one_process_is_skipped_by_both_and_found_where_it_is(hubert):
     """The gradient is everyone's; only the process that had the batch can name the module."""
 

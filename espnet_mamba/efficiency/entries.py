@@ -37,6 +37,7 @@ class Entry:
     shortest_samples: int = 400
     attends: bool = False  # whether its work grows with the square of the length
     same_weights_as: str | None = None  # an entry of which this is another way to compute the same
+    is_peer: bool = False  # somebody else's
 
     def macs_per_second(self, seconds: float) -> dict[str, float]:
         """Return part -> MACs per second of audio at a length; empty when there is no formula."""

@@ -144,4 +144,4 @@ def refusal(name: str, peer: Peer, device: str) -> str | None:
 def peer_entry(name: str, peer: Peer, models_dir: Path) -> Entry:
     """Return a peer as an entry; one with a twin has its formula of MACs."""
     config = load_config(models_dir / f"{peer.twin}.yaml") if peer.twin else None
-    return Entry(name, peer.build, config, attends=peer.attends)
+    return Entry(name, peer.build, config, attends=peer.attends, is_peer=True)

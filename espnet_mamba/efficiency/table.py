@@ -140,7 +140,7 @@ def _cell(row: Mapping[str, Any] | None, end: LeftOut | None, length: float, key
 
 def _paper(entry: Entry) -> str:
     mixer = getattr(entry.config, "mixer", "")
-    plain = getattr(entry.config, "block", "") == "plain" and not entry.same_weights_as
+    plain = getattr(entry.config, "block", "") == "plain" and not (entry.same_weights_as or entry.is_peer)
     return PAPER_ROW.get(mixer, "–") if plain else "–"
 
 

@@ -5,6 +5,7 @@ A line is ``utterance start count``, lines are sorted by utterance and follow on
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -73,6 +74,15 @@ class FrameLabels(Mapping[str, np.ndarray]):
 def _span(line: bytes) -> tuple[int, int]:
     _, start, count = line.split(b"\t")
     return int(start), int(count)
+
+
+def without_labels(path: str | Path) -> dict[str, str]:
+    """Return the utterances that the targets stage which wrote ``path`` could not use, and why, by its quality.json."""
+    path = Path(path)
+    quality = path.with_name("quality.json")
+    if not quality.is_file():
+        return {}
+    return json.loads(quality.read_text(encoding="utf-8")).get("left_out", {}).get(path.stem, {})
 
 
 def write_labels(path: str | Path, labels: Mapping[str, np.ndarray]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,8 +39,11 @@ class Loaded(NamedTuple):
 class BatchReader(Dataset):
     """Reads whole batches of ``dataset`` (utterance id -> ``(id, arrays)``); ``collate`` has a field ``epoch``."""
 
-    def __init__(self, dataset: Any, collate: Any, set_name: str, num_workers: int) -> None:
-        self.dataset, self.collate, self.set_name = dataset, collate, set_name
+    def __init__(
+        self, dataset: Any, collate: Any, set_name: str, num_workers: int, without: Collection[str] = ()
+    ) -> None:
+        """``without``: utterances known to be bad, which are not read."""
+        self.dataset, self.collate, self.set_name, self.without = dataset, collate, set_name, frozenset(without)
         # in shared memory: what each worker is reading
         self._reading = torch.zeros(max(1, num_workers), ID_BYTES, dtype=torch.uint8).share_memory_()
 
@@ -65,6 +68,8 @@ class BatchReader(Dataset):
         worker = get_worker_info()
         slot = self._reading[worker.id if worker else 0].numpy()
         for utt_id in utt_ids:
+            if utt_id in self.without:
+                continue
             self._note(slot, utt_id)
             try:
                 item = self.dataset[utt_id]

@@ -18,6 +18,8 @@ from espnet_mamba.train.batch_reader import BatchReader, Loaded, Request, as_it_
 from espnet_mamba.train.signals import ignore_in_worker
 from espnet_mamba.train.unreadable import Unreadable
 
+_READING = "being read:"
+
 
 class BatchRow(Protocol):
     """An endless row of batches that repeats the corpus in passes of ``len`` batches."""
@@ -94,7 +96,7 @@ class StepIterFactory(AbsIterFactory):
             # in training all processes need the same number, in validation each batch counts once
             own = -(-own // turns[1]) if train else len(range(rank, own, turns[1]))
         self.iters_per_epoch = num_iters_per_epoch or own
-        self.reader = BatchReader(dataset, collate, set_name, num_workers)
+        self.reader = BatchReader(dataset, collate, set_name, num_workers, self.unreadable.seen)
         self._indices: Sequence[int] = ()
         self._epoch = 0
         self._asked: deque[Request] = deque()
@@ -136,6 +138,14 @@ class StepIterFactory(AbsIterFactory):
         _end_at_exit(getattr(loaded, "_workers", ()))
         return self._results(loaded)
 
+    def told_of_worker(self, error: RuntimeError) -> str | None:
+        """Return what to say of an error by which PyTorch tells of a dead worker in the midst of a step, else None.
+
+        A signal's handler raises it, wherever the program happens to be.
+        """
+        said = str(error)
+        return self._what_died(error) if "DataLoader worker" in said and _READING not in said else None
+
     def close(self) -> None:
         """End the processes that read audio: they ignore the signal by which Python would end them when it exits."""
         iterator, self._loader._iterator = self._loader._iterator, None
@@ -166,6 +176,7 @@ class StepIterFactory(AbsIterFactory):
                 yield utt_ids, batch
             elif self.shuffle:
                 named = ", ".join(f"{item.utt_id} ({item.place}: {item.value})" for item in bad[:3])
+                named = named or f"all of them are left out ({', '.join(request.utt_ids[:3])} ...)"
                 raise ValueError(f"batch {request.number} and the next have nothing that can be read: {named}")
 
     def _what_died(self, error: RuntimeError) -> str:
@@ -174,7 +185,7 @@ class StepIterFactory(AbsIterFactory):
         reading = ", ".join(self.reader.reading()) or "no utterance"
         lines = str(error).strip().splitlines() or [type(error).__name__]
         text = lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}"  # between them is a traceback
-        return f"{where}{text} (being read: {reading}); if memory ran out, lower --num_workers or --batch_bins"
+        return f"{where}{text} ({_READING} {reading}); if memory ran out, lower --num_workers or --batch_bins"
 
 
 def _end_at_exit(workers: Sequence[Process]) -> None:

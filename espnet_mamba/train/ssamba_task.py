@@ -9,6 +9,7 @@ from typing import Any
 from espnet2.tasks.abs_task import IteratorOptions
 from espnet2.utils.nested_dict_action import NestedDictAction
 
+from espnet_mamba.data.bad_items import BadItem
 from espnet_mamba.models.ssamba.config import SsambaConfig, config_from_dict, config_to_dict, load_config
 from espnet_mamba.models.ssamba.pretraining import SsambaForPretraining
 from espnet_mamba.train.batches import add_arguments as add_batch_arguments
@@ -66,8 +67,9 @@ class SsambaTask(HubertTask):
         return ESPnetSsambaModel(SsambaForPretraining(config))
 
     @classmethod
-    def check_data(cls, args: argparse.Namespace, iter_options: IteratorOptions) -> None:
+    def check_data(cls, args: argparse.Namespace, iter_options: IteratorOptions, set_name: str) -> list[BadItem]:
         """Check nothing: there are no labels."""
+        return []
 
 
 def read_model_config(path: str | None, overrides: dict[str, Any]) -> SsambaConfig:

@@ -8,23 +8,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from espnet2.tasks.abs_task import AbsTask, IteratorOptions, optim_classes, scheduler_classes
 from espnet2.train.dataset import DATA_TYPES
 from espnet2.utils.nested_dict_action import NestedDictAction
 
 from espnet_mamba.data.audio_list import SOUND_HELP, AudioList
-from espnet_mamba.data.compact_table import read_lengths
+from espnet_mamba.data.bad_items import BadItem
 from espnet_mamba.data.manifest import changed_audio
 from espnet_mamba.models.config import HubertConfig, config_from_dict, config_to_dict, load_config
 from espnet_mamba.models.pretraining import HubertForPretraining
 from espnet_mamba.targets.labels import FrameLabels
 from espnet_mamba.train.batches import add_arguments as add_batch_arguments
 from espnet_mamba.train.batches import build_batches
-from espnet_mamba.train.collate import HubertCollate, num_labels
+from espnet_mamba.train.collate import HubertCollate
 from espnet_mamba.train.espnet_model import ESPnetHubertModel
 from espnet_mamba.train.iterators import StepIterFactory
+from espnet_mamba.train.label_check import check_labels
 from espnet_mamba.train.optimizers import build_optimizer
 from espnet_mamba.train.schedules import PolynomialWarmup
 from espnet_mamba.train.signals import passed_on_to_children
@@ -138,13 +138,14 @@ class HubertTask(AbsTask):
         ]
 
     @classmethod
-    def check_data(cls, args: argparse.Namespace, iter_options: IteratorOptions) -> None:
-        """Check a set before the first step: its labels fit its audio.
+    def check_data(cls, args: argparse.Namespace, iter_options: IteratorOptions, set_name: str) -> list[BadItem]:
+        """Check a set before the first step: its labels fit its audio. Return the utterances to train without.
 
         Raises:
             ValueError: names the utterances whose labels do not.
         """
-        check_labels(iter_options, args.label_rate)
+        paths = {name: path for path, name, _ in iter_options.data_path_and_name_and_type}
+        return check_labels(paths["labels"], iter_options.shape_files[0], args.label_rate, set_name)
 
     @classmethod
     def build_sequence_iter_factory(
@@ -155,12 +156,14 @@ class HubertTask(AbsTask):
         if iter_options.distributed:
             rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
         row, turns = build_batches(args, iter_options, rank, world)
-        cls.check_data(args, iter_options)
+        bad = cls.check_data(args, iter_options, mode)
         dataset = cls.build_dataset(args, iter_options)
         recordings = dataset.loader_dict["speech"]
         looked_at = rank == 0 and isinstance(recordings, AudioList)
         if looked_at and (changed := changed_audio(recordings.folder, recordings.locations)):
             logging.warning(changed)  # not an error: what cannot be read is left out
+        unreadable = Unreadable(Path(args.output_dir), len(recordings), args.max_unreadable)
+        unreadable.add(bad)
         return StepIterFactory(
             dataset,
             row,
@@ -170,7 +173,7 @@ class HubertTask(AbsTask):
             num_workers=args.num_workers,
             pin_memory=args.ngpu > 0,
             turns=turns,
-            unreadable=Unreadable(Path(args.output_dir), len(recordings), args.max_unreadable),
+            unreadable=unreadable,
             set_name=mode,
         )
 
@@ -186,35 +189,3 @@ def read_model_config(path: str | None, overrides: dict[str, Any]) -> HubertConf
         raise ValueError("--model is missing; give a model's YAML, e.g. --model conf/models/extbimamba_tiny.yaml")
     config = load_config(path)
     return config_from_dict(config_to_dict(config) | overrides, "--model_conf") if overrides else config
-
-
-def check_labels(iter_options: IteratorOptions, label_rate: int) -> None:
-    """Compare every utterance's number of labels with its audio before the first step, not in the middle of a night.
-
-    Raises:
-        ValueError: names the utterances whose labels are missing or do not fit.
-    """
-    paths = {name: path for path, name, _ in iter_options.data_path_and_name_and_type}
-    ids, num_samples = read_lengths(iter_options.shape_files[0])
-    found, expected = _label_counts(FrameLabels(paths["labels"]), ids), num_labels(num_samples, label_rate)
-    odd = np.flatnonzero(found != expected)
-    if len(odd):
-        named = "; ".join(_label_problem(ids[i].decode(), num_samples[i], found[i], label_rate) for i in odd[:5])
-        more = f" (and {len(odd) - 5} more)" if len(odd) > 5 else ""
-        raise ValueError(f"{paths['labels']}: {named}{more}; rerun the targets stage")
-
-
-def _label_counts(labels: FrameLabels, ids: np.ndarray) -> np.ndarray:
-    """Return the number of labels (N,) of utterances (N,) given as bytes, -1 where there are none."""
-    if not len(labels):
-        return np.full(len(ids), -1)
-    names = np.array([utt_id.encode() for utt_id in labels], "S")
-    place = np.minimum(np.searchsorted(names, ids), len(names) - 1)
-    return np.where(names[place] == ids, labels.counts()[place], -1)
-
-
-def _label_problem(utt_id: str, num_samples: int, found: int, label_rate: int) -> str:
-    if found < 0:
-        return f"{utt_id}: no labels"
-    expected = num_labels(num_samples, label_rate)
-    return f"{utt_id}: {found} labels, but {num_samples} samples at {label_rate} labels per second have {expected}"

@@ -27,6 +27,7 @@ from torch import Tensor
 from espnet_mamba.models.checkpoints import save_checkpoint
 from espnet_mamba.train.device_batches import num_samples_of, to_device
 from espnet_mamba.train.espnet_model import ESPnetHubertModel
+from espnet_mamba.train.iterators import StepIterFactory
 from espnet_mamba.train.kept_run import BEST, KeptRun
 from espnet_mamba.train.meters import LossMeter
 from espnet_mamba.train.mfu import peak_flops, step_flops
@@ -225,8 +226,8 @@ class StepTrainer(Trainer):
         model: ESPnetHubertModel,
         optimizers: Sequence[torch.optim.Optimizer],
         schedulers: Sequence[Any],
-        train_iter_factory: AbsIterFactory,
-        valid_iter_factory: AbsIterFactory,
+        train_iter_factory: StepIterFactory,
+        valid_iter_factory: StepIterFactory,
         plot_attention_iter_factory: AbsIterFactory | None,
         trainer_options: StepTrainerOptions,
         distributed_option: DistributedOption,
@@ -243,10 +244,14 @@ class StepTrainer(Trainer):
             except RunInterrupted as reason:
                 run.leave(reason)
                 return
+            except RuntimeError as error:
+                if told := train_iter_factory.told_of_worker(error):
+                    raise RuntimeError(told) from error
+                raise
         run.finish()
 
     @staticmethod
-    def _run_steps(run: TrainingRun, train_iter_factory: AbsIterFactory, valid_iter_factory: AbsIterFactory) -> None:
+    def _run_steps(run: TrainingRun, train_iter_factory: StepIterFactory, valid_iter_factory: StepIterFactory) -> None:
         options, iterations = run.options, train_iter_factory.iters_per_epoch
         run.batches_per_iter = getattr(train_iter_factory, "batches_per_iter", 1)
         step = run.resume()
