@@ -165,7 +165,7 @@ def start_up(count: int) -> str:
         "ours, numel (ESPnet's sampler)": (_open_ours, "numel"),
         "ESPnet's own, numel, audio only": (_open_espnets, ""),
     }
-    rows, met = [], ""
+    rows, lists = [], 0.0
     with tempfile.TemporaryDirectory() as name:
         make_lists(Path(name), count)
         for label, (function, batch_type) in candidates.items():
@@ -174,12 +174,16 @@ def start_up(count: int) -> str:
                 opened, found = pool.apply(function, (Path(name), batch_type))
             rows.append([label, number(opened), number(found), number(opened + found)])
             if label == "ours, bucket":
-                met = f"{number(opened + found)} s, {'met' if opened + found < AIM_SECONDS else 'MISSED'}"
-    imports = time.perf_counter()
-    subprocess.run([sys.executable, "-c", "import espnet_mamba.train.task"], check=True, cwd=ROOT)
-    imports = time.perf_counter() - imports
+                lists = opened + found
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "espnet_mamba.bin.hubert_train", "--help"]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    imports = time.perf_counter() - started
+    met = "met" if lists + imports < AIM_SECONDS else "MISSED"
     head = ["s", "lists opened", "batch in the middle of epoch 7", "both"]
-    notes = [f"- aim, bucket: start and resume below {AIM_SECONDS:g} s: {met}"]
-    notes.append(f"- Python's imports, for any number of utterances: {number(imports)} s")
+    notes = [f"- Python's imports, for any number of utterances (the command's --help): {number(imports)} s"]
+    notes.append(
+        f"- aim, bucket: start and resume below {AIM_SECONDS:g} s: {number(lists + imports)} s with them, {met}"
+    )
     notes.append("- opened: lengths, wav.scp, the index of labels and its check, the look for audio that changed")
     return "\n".join([f"\n## Start-up with {count} utterances\n", table(head, rows), "", *notes])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 def run_main(main: Callable[[], None]) -> None:
@@ -19,3 +20,19 @@ def run_main(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as error:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from error
+
+
+@contextmanager
+def imports_without(package: str) -> Iterator[None]:
+    """Let imports within do without ``package``, as where it is not installed, unless it has been imported already.
+
+    For what a library imports in case, and the command never uses.
+    """
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment] -- Python's own way to say that there is none
+    try:
+        yield
+    finally:
+        del sys.modules[package]

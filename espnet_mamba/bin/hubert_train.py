@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from espnet_mamba.bin.cli import run_main
+from espnet_mamba.bin.cli import imports_without, run_main
 
 
 def main() -> None:
     """Run the command."""
-    from espnet_mamba.train.task import HubertTask
+    with imports_without("transformers"):  # seconds, for ESPnet's adapters, which pretraining refuses
+        from espnet_mamba.train.task import HubertTask
 
     HubertTask.main()
 
