@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from espnet_mamba.analysis.curves import CURVES
-from espnet_mamba.analysis.styles import GREY, styles_of
+from espnet_mamba.analysis.styles import styles_of
 from espnet_mamba.analysis.table import LayerValue
 from espnet_mamba.data.files import atomic_path
 from espnet_mamba.figures import save_figure
@@ -93,13 +93,14 @@ def plot_course(
             points = [(row["step"], scale * row[key]) for row in rows if row.get("split") == "valid" and key in row]
             if points:
                 panel.plot(*zip(*points, strict=True), label=run, **styles[run].line())
-        panel.set(ylabel=label)
+        panel.set(ylabel=label, title="validation set")
     if purity:
         _draw_best(panels[0][2], best_layers(purity), runs, styles)
-        highest = 100.0 * max(row.high for row in purity)
+        lowest, highest = (100.0 * pick(row.value for row in purity) for pick in (min, max))
+        margin = 0.05 * (highest - lowest) or 1.0
         for panel, run in zip(panels[1], runs, strict=False):
             _draw_layers(panel, [row for row in purity if row.run == run], run)
-            panel.set_ylim(0.0, 1.05 * highest)
+            panel.set_ylim(lowest - margin, highest + margin)  # one scale for all, so that runs can be compared
     for panel in panels.flat:
         if not panel.lines:
             panel.set_axis_off()
@@ -130,14 +131,7 @@ def _draw_layers(panel: Axes, rows: Sequence[StepPurity], run: str) -> None:
         own = [row for row in rows if row.layer == layer]
         shade = plt.get_cmap("viridis_r")(0.1 + 0.9 * layer / max(1, layers[-1]))
         panel.plot([r.step for r in own], [100.0 * r.value for r in own], color=shade, label=f"layer {layer}")
-        panel.annotate(
-            str(layer),
-            (own[-1].step, 100.0 * own[-1].value),
-            (4, -3),
-            textcoords="offset points",
-            fontsize=7,
-            color=GREY,
-        )
+    panel.legend(fontsize=7, frameon=False, ncols=-(-len(layers) // 7))
     panel.set(ylabel="phone purity (%)", title=f"{run}, by layer")
 
 
